@@ -1,0 +1,145 @@
+//! Dequantization of a whole tensor, of any range of it, and of chosen rows.
+
+use rayon::prelude::*;
+
+use super::{Cpu, Kernels, Lanes, RUN};
+use crate::error::{Error, Result};
+use crate::format::Decode;
+use crate::pack::check_len;
+use crate::quant::rowwise;
+use crate::tensor::{QTensor, Scales};
+
+impl Cpu {
+    /// Decodes a tensor: value = decode(code) * scale in f32, rounded once to `T`.
+    pub fn dequantize<T: Lanes>(&self, q: &QTensor<'_>, out: &mut [T]) -> Result<()> {
+        check_len("output", q.layout().elements, out.len())?;
+        self.dequantize_range(q, 0, out)
+    }
+
+    /// Decodes the elements from flat position `first` on, as many as `out` holds. The range may
+    /// start and end inside a block.
+    pub fn dequantize_range<T: Lanes>(
+        &self,
+        q: &QTensor<'_>,
+        first: usize,
+        out: &mut [T],
+    ) -> Result<()> {
+        let end = first.checked_add(out.len()).filter(|end| *end <= q.layout().elements);
+        if end.is_none() {
+            return Err(Error::Length {
+                what: "range of elements to decode",
+                expected: q.layout().elements,
+                got: first.saturating_add(out.len()),
+            });
+        }
+        if out.is_empty() {
+            return Ok(());
+        }
+        let block = q.layout().blocksize.max(1);
+        // Up to the first block border, then runs of whole blocks.
+        let head = (first.next_multiple_of(block) - first).min(out.len());
+        let (head, body) = out.split_at_mut(head);
+        decode_inside_block(q, first, head);
+        let first = first + head.len();
+        let run = (RUN / block).max(1) * block;
+        let kernels = Kernels::<T>::of(self.isa);
+        self.spread(body.len(), || {
+            body.par_chunks_mut(run).enumerate().for_each(|(i, out)| {
+                decode_run(&kernels, q, first / block + i * (run / block), out);
+            });
+        });
+        Ok(())
+    }
+
+    /// Decodes chosen rows of a tensor whose rows have `columns` elements, one after the other.
+    pub fn dequantize_rows<T: Lanes>(
+        &self,
+        q: &QTensor<'_>,
+        columns: usize,
+        rows: &[i64],
+        out: &mut [T],
+    ) -> Result<()> {
+        let expected = rows.len().checked_mul(columns);
+        check_len("output", expected.unwrap_or(usize::MAX), out.len())?;
+        if columns == 0 {
+            return Ok(());
+        }
+        let count = q.layout().elements / columns;
+        if let Some(row) =
+            rows.iter().find(|row| usize::try_from(**row).map_or(true, |r| r >= count))
+        {
+            return Err(Error::Argument {
+                what: "row index",
+                got: row.to_string(),
+                expected: format!("rows are 0 to {}", count.saturating_sub(1)),
+            });
+        }
+        let one = Cpu { threads: 1, ..*self };
+        self.spread(out.len(), || {
+            out.par_chunks_mut(columns)
+                .zip(rows)
+                .try_for_each(|(out, row)| one.dequantize_range(q, *row as usize * columns, out))
+        })
+    }
+}
+
+/// Decodes whole blocks from block `first` on; the last may be short.
+fn decode_run<T: Lanes>(kernels: &Kernels<T>, q: &QTensor<'_>, first: usize, out: &mut [T]) {
+    let layout = q.layout();
+    let block = layout.blocksize.max(1);
+    let start = first * block;
+    let mut decoded = Vec::new();
+    let blocks = out.len().div_ceil(block);
+    let scales = match q.scales() {
+        Scales::Plain(scales) => &scales[first..first + blocks],
+        quantized => {
+            decoded.resize(blocks, 0.0);
+            quantized.decode(first, &mut decoded);
+            &decoded
+        }
+    };
+    match layout.format.spec().decode {
+        Decode::Codebook4(book) => {
+            let packed = &q.packed()[start / 2..(start + out.len()).div_ceil(2)];
+            (kernels.dequantize4)(&book.values, block, packed, scales, out);
+        }
+        Decode::Codebook8(book) => {
+            let codes = &q.packed()[start..start + out.len()];
+            (kernels.dequantize8)(&book.values, block, codes, scales, out);
+        }
+        Decode::Int8 => {
+            let codes: &[i8] = bytemuck::cast_slice(&q.packed()[start..start + out.len()]);
+            for ((out, codes), absmax) in out.chunks_mut(block).zip(codes.chunks(block)).zip(scales)
+            {
+                (kernels.dequantize_row)(codes, *absmax, out);
+            }
+        }
+        Decode::Dense(_) => {}
+    }
+}
+
+/// Decodes a few elements that lie inside one block, one at a time.
+fn decode_inside_block<T: Lanes>(q: &QTensor<'_>, first: usize, out: &mut [T]) {
+    let layout = q.layout();
+    let mut scale = [0.0];
+    q.scales().decode(first / layout.blocksize.max(1), &mut scale);
+    for (i, out) in (first..).zip(out) {
+        match layout.format.spec().decode {
+            Decode::Codebook4(book) => {
+                let code = q.packed()[i / 2] >> if i.is_multiple_of(2) { 4 } else { 0 };
+                *out = T::from_f32(book.values[usize::from(code & 15)] * scale[0]);
+            }
+            Decode::Codebook8(book) => {
+                *out = T::from_f32(book.values[usize::from(q.packed()[i])] * scale[0]);
+            }
+            Decode::Int8 => {
+                rowwise::dequantize_row(
+                    &[q.packed()[i] as i8],
+                    scale[0],
+                    std::slice::from_mut(out),
+                );
+            }
+            Decode::Dense(_) => {}
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! The kernels of one instruction set, as a table of functions.
+//!
+//! [`Kernels::SCALAR`] is the definition. A specialised table overrides what it has and inherits
+//! the rest, and the tests compare every table in [`Kernels::available`] with the scalar one.
+
+use std::sync::OnceLock;
+
+use crate::dtype::Element;
+use crate::error::{Error, Result};
+use crate::format::codebook::Codebook;
+use crate::quant::blockwise::{self, Blocks};
+use crate::quant::rowwise;
+
+/// An element type that every instruction set of this build can load and store.
+pub trait Lanes: Element {}
+impl<T: Element> Lanes for T {}
+
+/// Entry points for one element type; each is documented at its scalar definition.
+#[derive(Clone, Copy)]
+pub struct Kernels<T: 'static> {
+    /// The instruction set.
+    pub isa: Isa,
+    /// [`blockwise::quantize4`]
+    pub quantize4: fn(&Codebook<16>, Blocks, &[T], &mut [u8], &mut [f32]) -> bool,
+    /// [`blockwise::quantize8`]
+    pub quantize8: fn(&Codebook<256>, Blocks, &[T], &mut [u8], &mut [f32]) -> bool,
+    /// [`blockwise::dequantize4`]
+    pub dequantize4: fn(&[f32; 16], usize, &[u8], &[f32], &mut [T]),
+    /// [`blockwise::dequantize8`]
+    pub dequantize8: fn(&[f32; 256], usize, &[u8], &[f32], &mut [T]),
+    /// [`rowwise::quantize_row`]
+    pub quantize_row: fn(&[T], &mut [i8]) -> f32,
+    /// [`rowwise::dequantize_row`]
+    pub dequantize_row: fn(&[i8], f32, &mut [T]),
+}
+
+impl<T: Lanes> Kernels<T> {
+    /// The definition.
+    pub const SCALAR: Self = Self {
+        isa: Isa::Scalar,
+        quantize4: blockwise::quantize4::<T>,
+        quantize8: blockwise::quantize8::<T>,
+        dequantize4: blockwise::dequantize4::<T>,
+        dequantize8: blockwise::dequantize8::<T>,
+        quantize_row: rowwise::quantize_row::<T>,
+        dequantize_row: rowwise::dequantize_row::<T>,
+    };
+
+    /// The kernels of an instruction set.
+    pub fn of(isa: Isa) -> Self {
+        match isa {
+            Isa::Scalar => Self::SCALAR,
+        }
+    }
+}
+
+/// An instruction set that this machine has: holding one is the proof.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Isa {
+    /// Plain Rust.
+    Scalar,
+}
+
+impl Isa {
+    /// What this machine can run, slowest first.
+    pub fn available() -> Vec<Isa> {
+        vec![Isa::Scalar]
+    }
+
+    /// The name, as `NYBBLE_CPU` takes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+        }
+    }
+
+    /// The fastest available, or the one named by the environment variable `NYBBLE_CPU`.
+    pub fn chosen() -> Result<Isa> {
+        static CHOSEN: OnceLock<Isa> = OnceLock::new();
+        if let Some(isa) = CHOSEN.get() {
+            return Ok(*isa);
+        }
+        let available = Self::available();
+        let fastest = available.last().copied().unwrap_or(Isa::Scalar);
+        let isa = match std::env::var("NYBBLE_CPU") {
+            Ok(name) if !name.is_empty() => {
+                available.iter().copied().find(|isa| isa.name() == name).ok_or_else(|| {
+                    Error::unknown("NYBBLE_CPU", &name, available.iter().map(|isa| isa.name()))
+                })?
+            }
+            _ => fastest,
+        };
+        Ok(*CHOSEN.get_or_init(|| isa))
+    }
+}

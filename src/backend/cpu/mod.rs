@@ -1,0 +1,56 @@
+//! The CPU: chooses the kernels once and splits tensors over threads.
+//!
+//! Work is cut into runs of whole blocks (or rows); every run is done by one kernel call, so a
+//! result does not depend on the number of threads.
+
+mod decode;
+pub mod kernels;
+mod quantize;
+pub mod threads;
+
+pub use kernels::{Isa, Kernels, Lanes};
+pub use quantize::{Found, Quantizer};
+
+use crate::error::Result;
+
+/// Elements of one run: a multiple of every block size, small enough for the second-level cache.
+const RUN: usize = 64 * 1024;
+
+/// The CPU backend.
+#[derive(Clone, Copy, Debug)]
+pub struct Cpu {
+    isa: Isa,
+    threads: usize,
+}
+
+impl Cpu {
+    /// The fastest kernels of this machine, or those that `NYBBLE_CPU` names, on `threads`
+    /// threads (`None`: see [`threads::default_threads`]).
+    pub fn new(threads: Option<usize>) -> Result<Self> {
+        let threads = threads.filter(|threads| *threads > 0);
+        Ok(Self { isa: Isa::chosen()?, threads: threads.unwrap_or_else(threads::default_threads) })
+    }
+
+    /// Given kernels on given threads.
+    pub const fn with(isa: Isa, threads: usize) -> Self {
+        Self { isa, threads }
+    }
+
+    /// The kernels in use.
+    pub const fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// The threads in use for a tensor of `elements`: one for a small tensor.
+    fn threads_for(&self, elements: usize) -> usize {
+        self.threads.min(elements / RUN).max(1)
+    }
+
+    /// Spreads `work` over the threads that fit a tensor of `elements`.
+    fn spread<R: Send>(&self, elements: usize, work: impl FnOnce() -> R + Send) -> R {
+        match self.threads_for(elements) {
+            1 => work(),
+            _ => threads::spread(self.threads, work),
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! Quantization of a whole tensor, with refusal or repair of non-finite values and statistics.
+
+use rayon::prelude::*;
+
+use super::{Cpu, Kernels, Lanes, RUN};
+use crate::error::{Error, Result};
+use crate::format::{Decode, Scale};
+use crate::pack::check_len;
+use crate::quant::blockwise::{self, Blocks};
+use crate::quant::stats::Stats;
+use crate::quant::{NonFinite, Reference, rowwise};
+use crate::tensor::{Layout, QTensor, Scales};
+
+/// How to quantize, beside format and block size (which the layout has).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Quantizer {
+    /// Whose bytes to make.
+    pub reference: Reference,
+    /// What to do with NaN and infinity.
+    pub nonfinite: NonFinite,
+    /// Whether to gather statistics.
+    pub stats: bool,
+}
+
+/// What was found while quantizing.
+pub type Found = Option<Stats>;
+
+impl Cpu {
+    /// Quantizes a tensor into `packed` and f32 `scales`, one scale a block or row.
+    ///
+    /// Scales that are stored otherwise (nested, E8M0) are made from these by
+    /// [`crate::quant::nested::quantize`] and [`blockwise::e8m0_encode`].
+    pub fn quantize<T: Lanes>(
+        &self,
+        layout: &Layout,
+        how: Quantizer,
+        x: &[T],
+        packed: &mut [u8],
+        scales: &mut [f32],
+    ) -> Result<Found> {
+        check_len("input", layout.elements, x.len())?;
+        check_len("packed", layout.packed, packed.len())?;
+        check_len("absmax", layout.scales, scales.len())?;
+        if x.is_empty() {
+            scales.fill(0.0);
+            return Ok(how.stats.then(Stats::default));
+        }
+        let block = layout.blocksize;
+        let run = (RUN / block).max(1) * block;
+        let kernels = Kernels::<T>::of(self.isa);
+        let packed_run = if layout.format.spec().bits == 4 { run / 2 } else { run };
+        let runs: Vec<Result<Found>> = self.spread(x.len(), || {
+            x.par_chunks(run)
+                .zip(packed.par_chunks_mut(packed_run))
+                .zip(scales.par_chunks_mut(run / block))
+                .enumerate()
+                .map(|(i, ((x, packed), scales))| {
+                    let job = Run { layout, how, isa: self, kernels: &kernels };
+                    job.quantize(x, packed, scales).map_err(|error| shift(error, i * run))
+                })
+                .collect()
+        });
+        runs.into_iter().try_fold(how.stats.then(Stats::default), |total, run| {
+            Ok(match (total, run?) {
+                (Some(mut total), Some(more)) => {
+                    total.merge(&more);
+                    Some(total)
+                }
+                (total, _) => total,
+            })
+        })
+    }
+
+    /// Compares a tensor with its quantized form.
+    pub fn error<T: Lanes>(&self, x: &[T], q: &QTensor<'_>) -> Result<Stats> {
+        check_len("input", q.layout().elements, x.len())?;
+        let block = q.layout().blocksize.max(1);
+        let run = (RUN / block).max(1) * block;
+        let one = Cpu { threads: 1, ..*self };
+        let runs: Vec<Result<Stats>> = self.spread(x.len(), || {
+            x.par_chunks(run)
+                .enumerate()
+                .map(|(i, x)| {
+                    let mut decoded = vec![0f32; x.len()];
+                    one.dequantize_range(q, i * run, &mut decoded)?;
+                    let mut scales = vec![0f32; x.len().div_ceil(block)];
+                    q.scales().decode(i * run / block, &mut scales);
+                    Ok(compare(x, &decoded, block, &scales))
+                })
+                .collect()
+        });
+        runs.into_iter().try_fold(Stats::default(), |mut total, run| {
+            total.merge(&run?);
+            Ok(total)
+        })
+    }
+}
+
+/// One run of whole blocks.
+struct Run<'a, T: 'static> {
+    layout: &'a Layout,
+    how: Quantizer,
+    isa: &'a Cpu,
+    kernels: &'a Kernels<T>,
+}
+
+impl<T: Lanes> Run<'_, T> {
+    fn quantize(&self, x: &[T], packed: &mut [u8], scales: &mut [f32]) -> Result<Found> {
+        if encode(self.kernels, self.layout, self.how.reference, x, packed, scales) {
+            return Ok(self.stats(x, packed, scales, 0));
+        }
+        let found = x.iter().map(|x| x.to_f32()).enumerate().find(|(_, x)| !x.is_finite());
+        match (found, self.how.nonfinite) {
+            (Some((index, value)), NonFinite::Refuse) => Err(Error::NonFinite { index, value }),
+            (Some(_), NonFinite::Zero) => {
+                let repaired: Vec<f32> = x
+                    .iter()
+                    .map(|x| x.to_f32())
+                    .map(|x| if x.is_finite() { x } else { 0.0 })
+                    .collect();
+                let zeroed = x.iter().filter(|x| !x.to_f32().is_finite()).count() as u64;
+                let run = Run {
+                    layout: self.layout,
+                    how: self.how,
+                    isa: self.isa,
+                    kernels: &Kernels::<f32>::of(self.isa.isa),
+                };
+                run.refuse_overflow(&repaired, packed, scales)?;
+                Ok(run.stats(&repaired, packed, scales, zeroed))
+            }
+            // Finite values that overflow fp16 on their way to int8 (reference mode only).
+            (None, _) => self.refuse_overflow(x, packed, scales).map(|()| None),
+        }
+    }
+
+    /// Encodes values known to be finite: only a cast to fp16 can still overflow.
+    fn refuse_overflow(&self, x: &[T], packed: &mut [u8], scales: &mut [f32]) -> Result<()> {
+        if encode(self.kernels, self.layout, self.how.reference, x, packed, scales) {
+            return Ok(());
+        }
+        let (index, value) = x
+            .iter()
+            .map(|x| x.to_f32())
+            .enumerate()
+            .find(|(_, x)| !half::f16::from_f32(*x).is_finite())
+            .unwrap_or_default();
+        Err(Error::NonFinite { index, value })
+    }
+
+    fn stats(&self, x: &[T], packed: &[u8], scales: &[f32], zeroed: u64) -> Found {
+        if !self.how.stats {
+            return None;
+        }
+        let layout = Layout {
+            elements: x.len(),
+            packed: packed.len(),
+            scales: scales.len(),
+            nested: false,
+            // The scales are still f32 here, whatever the format stores.
+            ..*self.layout
+        };
+        let mut decoded = vec![0f32; x.len()];
+        decode_plain(self.isa, &layout, packed, scales, &mut decoded);
+        let mut stats = compare(x, &decoded, layout.blocksize, scales);
+        stats.zeroed = zeroed;
+        let spec = layout.format.spec();
+        let odd = x.len() % 2 == 1;
+        match spec.bits {
+            4 => {
+                let nibbles = packed.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+                stats.count_codes(nibbles.take(packed.len() * 2 - usize::from(odd)), 4);
+            }
+            _ => stats.count_codes(packed.iter().copied(), 8),
+        }
+        Some(stats)
+    }
+}
+
+/// Runs the kernel of the format; returns whether all values were finite.
+fn encode<T: Lanes>(
+    kernels: &Kernels<T>,
+    layout: &Layout,
+    reference: Reference,
+    x: &[T],
+    packed: &mut [u8],
+    scales: &mut [f32],
+) -> bool {
+    let spec = layout.format.spec();
+    let block = layout.blocksize;
+    let how = Blocks::new(block, spec.scale, reference);
+    match spec.decode {
+        Decode::Codebook4(book) => {
+            let finite = (kernels.quantize4)(book, how, x, packed, scales);
+            let tail = x.len() % block;
+            if reference == Reference::BitsandbytesCpu
+                && spec.scale == Scale::Absmax
+                && tail > 0
+                && let Some(scale) = scales.last_mut()
+            {
+                let first = x.len() - tail;
+                blockwise::quantize4_tail_like_bitsandbytes(
+                    book,
+                    &x[first..],
+                    &mut packed[first / 2..],
+                    scale,
+                );
+            }
+            finite
+        }
+        Decode::Codebook8(book) => (kernels.quantize8)(book, how, x, packed, scales),
+        Decode::Int8 => {
+            let codes: &mut [i8] = bytemuck::cast_slice_mut(packed);
+            let mut finite = true;
+            for ((x, codes), scale) in x.chunks(block).zip(codes.chunks_mut(block)).zip(scales) {
+                *scale = match reference {
+                    Reference::Exact => (kernels.quantize_row)(x, codes),
+                    Reference::BitsandbytesCpu => {
+                        rowwise::quantize_row(&rowwise::through_f16(x), codes)
+                    }
+                };
+                finite &= scale.is_finite();
+            }
+            finite
+        }
+        Decode::Dense(_) => true,
+    }
+}
+
+fn decode_plain(cpu: &Cpu, layout: &Layout, packed: &[u8], scales: &[f32], out: &mut [f32]) {
+    let kernels = Kernels::<f32>::of(cpu.isa);
+    let block = layout.blocksize;
+    match layout.format.spec().decode {
+        Decode::Codebook4(book) => (kernels.dequantize4)(&book.values, block, packed, scales, out),
+        Decode::Codebook8(book) => (kernels.dequantize8)(&book.values, block, packed, scales, out),
+        Decode::Int8 => {
+            let one = Cpu { threads: 1, ..*cpu };
+            if let Ok(q) = QTensor::new(*layout, packed, Scales::Plain(scales)) {
+                let _ = one.dequantize(&q, out);
+            }
+        }
+        Decode::Dense(_) => {}
+    }
+}
+
+fn compare<T: Lanes>(x: &[T], decoded: &[f32], block: usize, scales: &[f32]) -> Stats {
+    let mut stats = Stats::default();
+    let mut wide = vec![0f32; block.min(x.len())];
+    for ((x, decoded), scale) in x.chunks(block).zip(decoded.chunks(block)).zip(scales) {
+        let wide = &mut wide[..x.len()];
+        for (wide, x) in wide.iter_mut().zip(x) {
+            *wide = x.to_f32();
+        }
+        stats.add(wide, decoded, *scale);
+    }
+    stats
+}
+
+fn shift(error: Error, by: usize) -> Error {
+    match error {
+        Error::NonFinite { index, value } => Error::NonFinite { index: index + by, value },
+        other => other,
+    }
+}

@@ -1,0 +1,71 @@
+//! The threads that large tensors are split over.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+/// A pool and what it was made for.
+struct Made {
+    process: u32,
+    threads: usize,
+    pool: Arc<ThreadPool>,
+}
+
+static POOL: Mutex<Option<Made>> = Mutex::new(None);
+
+/// The number of threads to use when the caller names none: `NYBBLE_NUM_THREADS`, else
+/// `OMP_NUM_THREADS`, else what the machine has.
+pub fn default_threads() -> usize {
+    ["NYBBLE_NUM_THREADS", "OMP_NUM_THREADS"]
+        .iter()
+        .filter_map(|name| std::env::var(name).ok()?.parse().ok())
+        .find(|threads| *threads > 0)
+        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+}
+
+/// Runs `work` with rayon's parallel iterators spread over `threads` threads.
+///
+/// The pool is kept. A forked child (a data loader's worker) has none of its parent's threads
+/// and makes its own pool; where the system gives no threads, `work` runs on this one.
+pub fn spread<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
+    match pool(threads) {
+        Some(pool) if threads > 1 => pool.install(work),
+        _ => work(),
+    }
+}
+
+fn pool(threads: usize) -> Option<Arc<ThreadPool>> {
+    let process = std::process::id();
+    let mut slot = POOL.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(made) = slot.as_ref()
+        && made.process == process
+        && made.threads == threads
+    {
+        return Some(Arc::clone(&made.pool));
+    }
+    let pool = Arc::new(ThreadPoolBuilder::new().num_threads(threads).build().ok()?);
+    let made = Made { process, threads, pool: Arc::clone(&pool) };
+    if let Some(old) = slot.replace(made)
+        && old.process != process
+    {
+        // Its threads live in the parent: dropping it here would wait for them forever.
+        std::mem::forget(old);
+    }
+    Some(pool)
+}
+
+#[cfg(test)]
+mod tests {
+    use rayon::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn work_is_spread_over_the_threads_asked_for() {
+        for threads in [1, 2, 3] {
+            let sum: u64 = spread(threads, || (0..1000u64).into_par_iter().sum());
+            assert_eq!(sum, 499_500);
+        }
+        assert_eq!(spread(3, rayon::current_num_threads), 3);
+    }
+}

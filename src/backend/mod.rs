@@ -1,0 +1,3 @@
+//! Where the work is done. Today: the CPU.
+
+pub mod cpu;
