@@ -32,5 +32,7 @@ pub mod dtype;
 pub mod error;
 pub mod format;
 pub mod pack;
+#[cfg(feature = "python")]
+mod python;
 pub mod quant;
 pub mod tensor;

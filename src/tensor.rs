@@ -146,6 +146,24 @@ impl Scales<'_> {
     }
 }
 
+/// Where the scales of a tensor are written, in the form in which they are stored.
+#[derive(Debug)]
+pub enum ScalesMut<'a> {
+    /// One f32 per block or row.
+    Plain(&'a mut [f32]),
+    /// One exponent byte per block.
+    E8M0(&'a mut [u8]),
+    /// Double quantization.
+    Nested {
+        /// One byte per block.
+        codes: &'a mut [u8],
+        /// One scale per 256 codes.
+        absmax: &'a mut [f32],
+        /// What is added back.
+        offset: &'a mut f32,
+    },
+}
+
 /// A borrowed quantized tensor whose buffers have the lengths of its layout.
 #[derive(Clone, Copy, Debug)]
 pub struct QTensor<'a> {

@@ -45,7 +45,7 @@ impl<const N: usize> Codebook<N> {
         let mut i = 0;
         while i + 1 < N {
             let (lower, upper) = (order[i] as usize, order[i + 1] as usize);
-            let middle = (values[lower] + values[upper]) / 2.0;
+            let middle = f32::midpoint(values[lower], values[upper]);
             let upward = match ties {
                 Ties::Down => false,
                 Ties::EvenCode => upper % 2 == 0,
@@ -164,7 +164,7 @@ const fn dynamic(signed: bool) -> [f32; 256] {
         let points = (1usize << if signed { decade } else { decade + 1 }) + 1;
         let mut i = 0;
         while i + 1 < points {
-            let mean = (linspace(i, points) + linspace(i + 1, points)) / 2.0;
+            let mean = f32::midpoint(linspace(i, points), linspace(i + 1, points));
             values[filled] = DECADES[decade] * mean;
             filled += 1;
             if signed {

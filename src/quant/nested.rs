@@ -1,8 +1,8 @@
 //! Double quantization: the scales of the blocks become eight-bit codes themselves.
 //!
 //! QLoRA (arXiv:2305.14314), section 3: the mean of the scales is subtracted, the rest is
-//! quantized in blocks of 256 with the signed dynamic codebook. value = codebook[code] *
-//! nested_absmax[block] + offset.
+//! quantized in blocks of 256 with the signed dynamic codebook:
+//! `value = codebook[code] * nested_absmax[block] + offset`.
 
 use std::sync::LazyLock;
 

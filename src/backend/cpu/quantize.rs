@@ -8,8 +8,8 @@ use crate::format::{Decode, Scale};
 use crate::pack::check_len;
 use crate::quant::blockwise::{self, Blocks};
 use crate::quant::stats::Stats;
-use crate::quant::{NonFinite, Reference, rowwise};
-use crate::tensor::{Layout, QTensor, Scales};
+use crate::quant::{NonFinite, Reference, nested, rowwise};
+use crate::tensor::{Layout, QTensor, Scales, ScalesMut};
 
 /// How to quantize, beside format and block size (which the layout has).
 #[derive(Clone, Copy, Debug, Default)]
@@ -69,6 +69,86 @@ impl Cpu {
                 (total, _) => total,
             })
         })
+    }
+
+    /// Quantizes a tensor and stores its scales as its layout says.
+    pub fn quantize_stored<T: Lanes>(
+        &self,
+        layout: &Layout,
+        how: Quantizer,
+        x: &[T],
+        packed: &mut [u8],
+        scales: ScalesMut<'_>,
+    ) -> Result<Found> {
+        match scales {
+            ScalesMut::Plain(scales) => self.quantize(layout, how, x, packed, scales),
+            ScalesMut::E8M0(codes) => {
+                check_len("absmax", layout.scales, codes.len())?;
+                let mut scales = vec![0f32; layout.scales];
+                let found = self.quantize(layout, how, x, packed, &mut scales)?;
+                for (code, scale) in codes.iter_mut().zip(scales) {
+                    *code = blockwise::e8m0_encode(scale);
+                }
+                Ok(found)
+            }
+            ScalesMut::Nested { codes, absmax, offset } => {
+                let mut scales = vec![0f32; layout.scales];
+                let found = self.quantize(layout, how, x, packed, &mut scales)?;
+                *offset = nested::quantize(&scales, how.reference, codes, absmax)?;
+                Ok(found)
+            }
+        }
+    }
+
+    /// Quantizes activations for LLM.int8(): `[rows, columns]` to signed bytes with one scale a
+    /// row. Columns with a magnitude of at least `threshold` (if that is above 0) are left out:
+    /// their codes are 0, they do not count for the scales, and their indices are returned.
+    pub fn quantize_activations<T: Lanes>(
+        &self,
+        x: &[T],
+        columns: usize,
+        threshold: f32,
+        codes: &mut [i8],
+        absmax: &mut [f32],
+    ) -> Result<Vec<usize>> {
+        check_len("codes", x.len(), codes.len())?;
+        check_len("activations", absmax.len().saturating_mul(columns), x.len())?;
+        if columns == 0 {
+            absmax.fill(0.0);
+            return Ok(Vec::new());
+        }
+        let outliers = if threshold > 0.0 {
+            rowwise::outlier_columns(x, columns, threshold)
+        } else {
+            Vec::new()
+        };
+        let kernels = Kernels::<T>::of(self.isa);
+        self.spread(x.len(), || {
+            x.par_chunks(columns)
+                .zip(codes.par_chunks_mut(columns))
+                .zip(absmax.par_iter_mut())
+                .for_each(|((x, codes), absmax)| {
+                    *absmax = if outliers.is_empty() {
+                        (kernels.quantize_row)(x, codes)
+                    } else {
+                        let mut inliers = x.to_vec();
+                        for column in &outliers {
+                            inliers[*column] = T::default();
+                        }
+                        (kernels.quantize_row)(&inliers, codes)
+                    };
+                });
+        });
+        match absmax.iter().position(|absmax| !absmax.is_finite()) {
+            None => Ok(outliers),
+            Some(row) => {
+                let first = row * columns;
+                let values = x[first..first + columns].iter().map(|x| x.to_f32());
+                let (index, value) =
+                    (first..).zip(values).find(|(_, x)| !x.is_finite()).unwrap_or_default();
+                Err(Error::NonFinite { index, value })
+            }
+        }
     }
 
     /// Compares a tensor with its quantized form.

@@ -1,0 +1,128 @@
+//! Memory that Python owns: (address, number of elements, dtype) becomes a checked slice.
+//!
+//! Torch and numpy allocate; Rust reads and fills. The package's own modules (`_memory.py`) are
+//! the only callers: they keep the tensor alive during the call and pass contiguous CPU memory.
+//! Here dtype, null and alignment are checked again; that the address is valid cannot be.
+
+use bytemuck::Pod;
+use pyo3::prelude::*;
+
+use crate::error::{Error, Result};
+
+/// Contiguous memory of a torch tensor or numpy array.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    address: usize,
+    elements: usize,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    F32,
+    F16,
+    BF16,
+    U8,
+    I8,
+    I64,
+}
+
+const KINDS: [(&str, Kind); 6] = [
+    ("float32", Kind::F32),
+    ("float16", Kind::F16),
+    ("bfloat16", Kind::BF16),
+    ("uint8", Kind::U8),
+    ("int8", Kind::I8),
+    ("int64", Kind::I64),
+];
+
+/// An element type that memory can be read as.
+pub trait Stored: Pod {
+    /// Its name in torch.
+    const NAME: &'static str;
+}
+
+macro_rules! stored {
+    ($($T:ty => $name:literal),+) => { $( impl Stored for $T { const NAME: &'static str = $name; } )+ };
+}
+stored!(
+    f32 => "float32", half::f16 => "float16", half::bf16 => "bfloat16",
+    u8 => "uint8", i8 => "int8", i64 => "int64"
+);
+
+impl<'py> FromPyObject<'_, 'py> for Memory {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        let (address, elements, dtype): (usize, usize, &str) = object.extract()?;
+        let kind = KINDS.iter().find(|(name, _)| *name == dtype).ok_or_else(|| Error::Dtype {
+            what: "a tensor",
+            got: dtype.to_owned(),
+            allowed: "float32, float16, bfloat16, uint8, int8, int64",
+        })?;
+        Ok(Self { address, elements, kind: kind.1 })
+    }
+}
+
+impl Memory {
+    /// The torch name of the element type.
+    pub fn dtype(&self) -> &'static str {
+        KINDS.iter().find(|(_, kind)| *kind == self.kind).map_or("", |(name, _)| *name)
+    }
+
+    /// The memory as elements to read.
+    pub fn slice<'a, T: Stored>(self) -> Result<&'a [T]> {
+        let pointer = self.pointer::<T>()?;
+        if self.elements == 0 {
+            return Ok(&[]);
+        }
+        // SAFETY: the caller keeps `elements` initialized elements alive at this address for the
+        // whole call; dtype, null and alignment were checked by `pointer`.
+        Ok(unsafe { std::slice::from_raw_parts(pointer, self.elements) })
+    }
+
+    /// The memory as elements to fill.
+    pub fn slice_mut<'a, T: Stored>(self) -> Result<&'a mut [T]> {
+        let pointer = self.pointer::<T>()?;
+        if self.elements == 0 {
+            return Ok(&mut []);
+        }
+        // SAFETY: as in `slice`; the caller allocated this tensor for this call, so nothing else
+        // refers to it.
+        Ok(unsafe { std::slice::from_raw_parts_mut(pointer, self.elements) })
+    }
+
+    /// Bytes to fill, whatever the element type.
+    pub fn bytes_mut<'a>(self) -> Result<&'a mut [u8]> {
+        let size = match self.kind {
+            Kind::F32 => 4,
+            Kind::F16 | Kind::BF16 => 2,
+            Kind::U8 | Kind::I8 => 1,
+            Kind::I64 => 8,
+        };
+        let elements = self
+            .elements
+            .checked_mul(size)
+            .ok_or(Error::TooLarge { shape: vec![self.elements, size] })?;
+        Self { elements, kind: Kind::U8, ..self }.slice_mut()
+    }
+
+    fn pointer<T: Stored>(self) -> Result<*mut T> {
+        if self.dtype() != T::NAME {
+            return Err(Error::Dtype {
+                what: "this argument",
+                got: self.dtype().to_owned(),
+                allowed: T::NAME,
+            });
+        }
+        let pointer = std::ptr::with_exposed_provenance_mut::<T>(self.address);
+        if self.elements > 0 && (pointer.is_null() || !pointer.is_aligned()) {
+            return Err(Error::Argument {
+                what: "address of a tensor",
+                got: format!("{:#x}", self.address),
+                expected: format!("it must be aligned to {} bytes", align_of::<T>()),
+            });
+        }
+        Ok(pointer)
+    }
+}

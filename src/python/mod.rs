@@ -1,0 +1,25 @@
+//! The extension module `nybble._core`: names only. The work is in the modules below it, and
+//! those only take arguments apart, check them and call the core.
+
+// PyO3 hands arguments over by value.
+#![allow(clippy::needless_pass_by_value)]
+
+mod error;
+mod memory;
+mod ops;
+
+use pyo3::prelude::*;
+
+/// Rust core of nybble. Private: use the package `nybble`.
+#[pymodule(gil_used = false)]
+mod _core {
+    #[pymodule_export]
+    use super::ops::{
+        cpu, default_threads, dequantize, dequantize_rows, error_stats, formats, layout,
+        pack_codes, quantize, quantize_activations, unpack_codes,
+    };
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

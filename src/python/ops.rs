@@ -1,0 +1,247 @@
+//! The primitives: unpack arguments, release the interpreter, call the core.
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use super::memory::Memory;
+use crate::backend::cpu::{Cpu, Isa, Quantizer, threads};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::format::{Decode, Format, Scale};
+use crate::pack::{self, NibbleOrder};
+use crate::quant::{NonFinite, Reference};
+use crate::tensor::{Layout, QTensor, Scales, ScalesMut};
+use crate::with_element;
+
+/// The table of formats, one dict a row.
+#[pyfunction]
+pub fn formats(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
+    Format::ALL
+        .iter()
+        .map(|format| {
+            let spec = format.spec();
+            let row = PyDict::new(py);
+            row.set_item("name", spec.name)?;
+            row.set_item("bits", spec.bits)?;
+            let (decode, codebook) = match spec.decode {
+                Decode::Codebook4(book) => ("codebook", Some(book.values.to_vec())),
+                Decode::Codebook8(book) => ("codebook", Some(book.values.to_vec())),
+                Decode::Int8 => ("integer", None),
+                Decode::Dense(_) => ("dense", None),
+            };
+            row.set_item("decode", decode)?;
+            row.set_item("codebook", codebook)?;
+            let scale = match spec.scale {
+                Scale::Absmax => "float32 absmax per block",
+                Scale::E8M0 => "power of two (E8M0) per block",
+                Scale::RowAbsmax => "float32 absmax per row",
+                Scale::None => "none",
+            };
+            row.set_item("scale", scale)?;
+            row.set_item("blocksizes", spec.blocksizes)?;
+            row.set_item("default_blocksize", spec.default_blocksize)?;
+            row.set_item("nestable", spec.nestable)?;
+            row.set_item("source", spec.source)?;
+            Ok(row)
+        })
+        .collect()
+}
+
+/// (blocksize, bytes of codes, number of scales, number of nested scales) of a tensor.
+#[pyfunction]
+#[pyo3(signature = (format, shape, blocksize=None, nested=false))]
+pub fn layout(
+    format: &str,
+    shape: Vec<usize>,
+    blocksize: Option<usize>,
+    nested: bool,
+) -> PyResult<(usize, usize, usize, usize)> {
+    let layout = Layout::new(Format::parse_quantized(format)?, &shape, blocksize, nested)?;
+    Ok((layout.blocksize, layout.packed, layout.scales, layout.nested_scales()))
+}
+
+/// A quantized tensor as the Python side passes it: (format, shape, blocksize, packed, absmax,
+/// nested absmax or None, nested offset or None).
+#[derive(FromPyObject)]
+pub struct Weight(String, Vec<usize>, usize, Memory, Memory, Option<Memory>, Option<Memory>);
+
+impl Weight {
+    fn checked(&self) -> Result<QTensor<'static>> {
+        let Weight(format, shape, blocksize, packed, absmax, nested_absmax, nested_offset) = self;
+        let format = Format::parse_quantized(format)?;
+        let nested = nested_absmax.is_some();
+        let layout = Layout::new(format, shape, Some(*blocksize), nested)?;
+        let scales = match (nested_absmax, nested_offset) {
+            (Some(nested_absmax), Some(offset)) => Scales::Nested {
+                codes: absmax.slice()?,
+                absmax: nested_absmax.slice()?,
+                offset: one(offset.slice()?)?,
+            },
+            (None, None) if format.spec().scale == Scale::E8M0 => Scales::E8M0(absmax.slice()?),
+            (None, None) => Scales::Plain(absmax.slice()?),
+            _ => {
+                return Err(Error::Argument {
+                    what: "nested scales",
+                    got: "only one of nested_absmax and nested_offset".to_owned(),
+                    expected: "pass both or neither".to_owned(),
+                });
+            }
+        };
+        let packed = match format.spec().decode {
+            Decode::Int8 => bytemuck::cast_slice(packed.slice::<i8>()?),
+            _ => packed.slice()?,
+        };
+        QTensor::new(layout, packed, scales)
+    }
+}
+
+fn one(offset: &[f32]) -> Result<f32> {
+    match offset {
+        [offset] => Ok(*offset),
+        _ => Err(Error::Length { what: "nested_offset", expected: 1, got: offset.len() }),
+    }
+}
+
+/// Quantizes `x` into `packed`, `absmax` and, for nested scales, `nested_absmax` and
+/// `nested_offset`.
+#[pyfunction]
+#[pyo3(signature = (x, weight, reference="exact", nonfinite="error"))]
+pub fn quantize(
+    py: Python<'_>,
+    x: Memory,
+    weight: Weight,
+    reference: &str,
+    nonfinite: &str,
+) -> PyResult<()> {
+    let how = Quantizer {
+        reference: Reference::parse(reference)?,
+        nonfinite: NonFinite::parse(nonfinite)?,
+        stats: false,
+    };
+    let cpu = Cpu::new(None)?;
+    let Weight(format, shape, blocksize, packed, absmax, nested_absmax, nested_offset) = weight;
+    let format = Format::parse_quantized(&format)?;
+    let layout = Layout::new(format, &shape, Some(blocksize), nested_absmax.is_some())?;
+    let packed = match format.spec().decode {
+        Decode::Int8 => bytemuck::cast_slice_mut(packed.slice_mut::<i8>()?),
+        _ => packed.slice_mut()?,
+    };
+    let scales = match (nested_absmax, nested_offset) {
+        (Some(nested_absmax), Some(offset)) => ScalesMut::Nested {
+            codes: absmax.slice_mut()?,
+            absmax: nested_absmax.slice_mut()?,
+            offset: offset.slice_mut()?.first_mut().ok_or(Error::Length {
+                what: "nested_offset",
+                expected: 1,
+                got: 0,
+            })?,
+        },
+        _ if format.spec().scale == Scale::E8M0 => ScalesMut::E8M0(absmax.slice_mut()?),
+        _ => ScalesMut::Plain(absmax.slice_mut()?),
+    };
+    with_element!(float(x)?, T => {
+        let x = x.slice::<T>()?;
+        py.detach(|| cpu.quantize_stored(&layout, how, x, packed, scales))
+    })?;
+    Ok(())
+}
+
+/// Decodes the elements from flat position `first` on, as many as `out` holds.
+#[pyfunction]
+#[pyo3(signature = (weight, out, first=0))]
+pub fn dequantize(py: Python<'_>, weight: Weight, out: Memory, first: usize) -> PyResult<()> {
+    let (q, cpu) = (weight.checked()?, Cpu::new(None)?);
+    with_element!(float(out)?, T => {
+        let out = out.slice_mut::<T>()?;
+        py.detach(|| cpu.dequantize_range(&q, first, out))
+    })?;
+    Ok(())
+}
+
+/// Decodes the rows named by `rows` (int64), one after the other.
+#[pyfunction]
+pub fn dequantize_rows(py: Python<'_>, weight: Weight, rows: Memory, out: Memory) -> PyResult<()> {
+    let columns = weight.1.split_first().map_or(1, |(_, rest)| rest.iter().product());
+    let (q, cpu, rows) = (weight.checked()?, Cpu::new(None)?, rows.slice::<i64>()?);
+    with_element!(float(out)?, T => {
+        let out = out.slice_mut::<T>()?;
+        py.detach(|| cpu.dequantize_rows(&q, columns, rows, out))
+    })?;
+    Ok(())
+}
+
+/// Compares a tensor with its quantized form: a dict of figures.
+#[pyfunction]
+pub fn error_stats(py: Python<'_>, x: Memory, weight: Weight) -> PyResult<Bound<'_, PyDict>> {
+    let (q, cpu) = (weight.checked()?, Cpu::new(None)?);
+    let figures = with_element!(float(x)?, T => {
+        let x = x.slice::<T>()?;
+        py.detach(|| cpu.error(x, &q))
+    })?
+    .summary();
+    let row = PyDict::new(py);
+    row.set_item("count", figures.count)?;
+    row.set_item("sqnr_db", figures.sqnr_db)?;
+    row.set_item("mse", figures.mse)?;
+    row.set_item("max_abs", figures.max_abs)?;
+    row.set_item("rel_rms", figures.rel_rms)?;
+    row.set_item("cosine", figures.cosine)?;
+    row.set_item("absmax_min", figures.absmax_min)?;
+    row.set_item("absmax_max", figures.absmax_max)?;
+    row.set_item("outliers", figures.outliers)?;
+    Ok(row)
+}
+
+/// LLM.int8() activations: quantizes the rows of `x` to `codes` and `absmax`, leaving columns
+/// with a magnitude of at least `threshold` (if above 0) out as zeros. Returns those columns.
+#[pyfunction]
+pub fn quantize_activations(
+    py: Python<'_>,
+    x: Memory,
+    columns: usize,
+    threshold: f32,
+    codes: Memory,
+    absmax: Memory,
+) -> PyResult<Vec<usize>> {
+    let cpu = Cpu::new(None)?;
+    let (codes, absmax) = (codes.slice_mut::<i8>()?, absmax.slice_mut::<f32>()?);
+    let outliers = with_element!(float(x)?, T => {
+        let x = x.slice::<T>()?;
+        py.detach(|| cpu.quantize_activations(x, columns, threshold, codes, absmax))
+    })?;
+    Ok(outliers)
+}
+
+/// Packs one code a byte into nibbles of the given order.
+#[pyfunction]
+pub fn pack_codes(codes: Memory, order: &str, packed: Memory) -> PyResult<()> {
+    Ok(pack::pack(codes.slice()?, NibbleOrder::parse(order)?, packed.slice_mut()?)?)
+}
+
+/// Unpacks nibbles of the given order to one code a byte.
+#[pyfunction]
+pub fn unpack_codes(packed: Memory, order: &str, codes: Memory) -> PyResult<()> {
+    Ok(pack::unpack(packed.slice()?, NibbleOrder::parse(order)?, codes.slice_mut()?)?)
+}
+
+/// (kernels in use, kernels this machine can run)
+#[pyfunction]
+pub fn cpu() -> PyResult<(&'static str, Vec<&'static str>)> {
+    Ok((Isa::chosen()?.name(), Isa::available().into_iter().map(Isa::name).collect()))
+}
+
+/// The number of threads that large tensors are split over.
+#[pyfunction]
+pub fn default_threads() -> usize {
+    threads::default_threads()
+}
+
+fn float(memory: Memory) -> Result<Dtype> {
+    Dtype::ALL.into_iter().find(|dtype| dtype.name() == memory.dtype()).ok_or_else(|| {
+        Error::Dtype {
+            what: "values",
+            got: memory.dtype().to_owned(),
+            allowed: "float32, float16, bfloat16",
+        }
+    })
+}
