@@ -1,0 +1,363 @@
+"""The torch ops `torch.ops.nybble.*`: schema, shapes for tracing, CPU kernels, gradients.
+
+Everything that the layers do goes through these, so that `torch.compile` sees one node with a
+known shape. Devices other than the CPU run the definition in `reference.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble import _core, reference
+from nybble._memory import Memory, memory, optional_memory
+
+_WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset"
+_HOW = "str format, int blocksize, SymInt[] shape"
+
+_SCHEMAS = {
+    "quantize": (
+        "(Tensor x, str format, int blocksize, bool nested, str reference, str nonfinite)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "dequantize": f"({_WEIGHT}, {_HOW}, ScalarType dtype) -> Tensor",
+    "linear": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_HOW}) -> Tensor",
+    "embedding": f"(Tensor ids, {_WEIGHT}, {_HOW}, ScalarType dtype) -> Tensor",
+    "int8_linear": (
+        "(Tensor x, Tensor packed, Tensor absmax, Tensor? bias, float threshold) -> Tensor"
+    ),
+}
+
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"nybble::{_name}", _schema)
+
+Weight = tuple[str, list[int], int, Memory, Memory, "Memory | None", "Memory | None"]
+
+
+def weight(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+) -> Weight:
+    """The argument by which Rust takes a quantized tensor in host memory."""
+    if packed.dtype not in (torch.uint8, torch.int8):
+        packed = packed.view(torch.uint8)  # bytes that pose as floats (quant_storage)
+    return (
+        format,
+        list(shape),
+        blocksize,
+        memory(packed),
+        memory(absmax),
+        optional_memory(nested_absmax),
+        optional_memory(nested_offset),
+    )
+
+
+# --- quantize -------------------------------------------------------------------------------
+
+
+def _empty_quantized(x: Tensor, format: str, blocksize: int, nested: bool) -> tuple[Tensor, ...]:
+    shape = [int(extent) for extent in x.shape]
+    _, packed, scales, nested_scales = _core.layout(format, shape, blocksize, nested)
+    row = reference.spec(format)
+    integer = row["decode"] == "integer"
+    # E8M0 exponents and the codes of nested scales are bytes.
+    byte_scales = nested or str(row["scale"]).startswith("power")
+    return (
+        x.new_empty(x.shape, dtype=torch.int8)
+        if integer
+        else x.new_empty(packed, dtype=torch.uint8),
+        x.new_empty(scales, dtype=torch.uint8 if byte_scales else torch.float32),
+        x.new_empty(nested_scales, dtype=torch.float32),
+        x.new_empty(() if nested else (0,), dtype=torch.float32),
+    )
+
+
+@torch.library.impl("nybble::quantize", "cpu")
+def _quantize_cpu(
+    x: Tensor, format: str, blocksize: int, nested: bool, reference: str, nonfinite: str
+) -> tuple[Tensor, ...]:
+    x = x.contiguous()
+    out = _empty_quantized(x, format, blocksize, nested)
+    packed, absmax, nested_absmax, nested_offset = out
+    parts = weight(
+        packed,
+        absmax,
+        nested_absmax if nested else None,
+        nested_offset if nested else None,
+        format,
+        blocksize,
+        x.shape,
+    )
+    _core.quantize(memory(x), parts, reference, nonfinite)
+    return out
+
+
+@torch.library.impl("nybble::quantize", "CompositeExplicitAutograd")
+def _quantize_elsewhere(
+    x: Tensor, format: str, blocksize: int, nested: bool, reference: str, nonfinite: str
+) -> tuple[Tensor, ...]:
+    """Devices without kernels: quantized on the CPU, which defines the bytes, and moved back."""
+    out = torch.ops.nybble.quantize(x.cpu(), format, blocksize, nested, reference, nonfinite)
+    return tuple(part.to(x.device) for part in out)
+
+
+@torch.library.register_fake("nybble::quantize")
+def _quantize_fake(
+    x: Tensor, format: str, blocksize: int, nested: bool, reference: str, nonfinite: str
+) -> tuple[Tensor, ...]:
+    return _empty_quantized(x, format, blocksize, nested)
+
+
+# --- dequantize -----------------------------------------------------------------------------
+
+
+@torch.library.impl("nybble::dequantize", "cpu")
+def _dequantize_cpu(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    parts = weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
+    out = packed.new_empty(tuple(shape), dtype=dtype)
+    _core.dequantize(parts, memory(out))
+    return out
+
+
+torch.library.impl("nybble::dequantize", "CompositeExplicitAutograd")(reference.dequantize)
+
+
+@torch.library.register_fake("nybble::dequantize")
+def _dequantize_fake(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty(tuple(shape), dtype=dtype)
+
+
+# --- linear ---------------------------------------------------------------------------------
+
+# Elements of the weight that are decoded at a time: they stay in the second-level cache until
+# they are multiplied.
+_TILE = 1 << 19
+
+
+@torch.library.impl("nybble::linear", "cpu")
+def _linear_cpu(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+) -> Tensor:
+    parts = weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
+    out_features, in_features = shape
+    flat = x.reshape(-1, in_features)
+    bias = None if bias is None else bias.to(x.dtype)
+    rows = max(1, _TILE // max(1, in_features))
+    if rows >= out_features:
+        tile = x.new_empty(out_features, in_features)
+        _core.dequantize(parts, memory(tile))
+        out = torch.nn.functional.linear(flat, tile, bias)
+    else:
+        out = x.new_empty(flat.shape[0], out_features)
+        scratch = x.new_empty(rows, in_features)
+        for start in range(0, out_features, rows):
+            stop = min(start + rows, out_features)
+            tile = scratch[: stop - start]
+            _core.dequantize(parts, memory(tile), start * in_features)
+            part = None if bias is None else bias[start:stop]
+            out[:, start:stop] = torch.nn.functional.linear(flat, tile, part)
+    return out.reshape(*x.shape[:-1], out_features)
+
+
+torch.library.impl("nybble::linear", "CompositeExplicitAutograd")(reference.linear)
+
+
+@torch.library.register_fake("nybble::linear")
+def _linear_fake(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+) -> Tensor:
+    torch._check(len(shape) == 2, lambda: f"linear needs a weight of rank 2, got shape {shape}")
+    torch._check(
+        x.dim() > 0 and x.shape[-1] == shape[1],
+        lambda: f"linear: x has shape {tuple(x.shape)}, the weight takes {shape[1]} features",
+    )
+    torch._check(
+        x.is_floating_point(), lambda: f"linear needs floating point activations, got {x.dtype}"
+    )
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, absmax, nested_absmax, nested_offset, bias, format, blocksize, shape = inputs
+    ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
+    ctx.how = (format, blocksize, shape)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """grad_x = grad @ W, with W decoded again in the dtype of grad; the weight is frozen."""
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = torch.ops.nybble.dequantize(*ctx.saved_tensors, *ctx.how, grad.dtype)
+        grad_x = grad @ weight
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, None, grad_bias, None, None, None
+
+
+torch.library.register_autograd(
+    "nybble::linear", _linear_backward, setup_context=_linear_setup
+)
+
+
+# --- embedding ------------------------------------------------------------------------------
+
+
+@torch.library.impl("nybble::embedding", "cpu")
+def _embedding_cpu(
+    ids: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    parts = weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
+    rows = ids.to(torch.int64).contiguous()
+    out = packed.new_empty((*ids.shape, shape[1]), dtype=dtype)
+    _core.dequantize_rows(parts, memory(rows), memory(out))
+    return out
+
+
+torch.library.impl("nybble::embedding", "CompositeExplicitAutograd")(reference.embedding)
+
+
+@torch.library.register_fake("nybble::embedding")
+def _embedding_fake(
+    ids: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty((*ids.shape, shape[1]), dtype=dtype)
+
+
+# --- LLM.int8() -----------------------------------------------------------------------------
+
+
+def _int8_product(codes: Tensor, weight: Tensor) -> Tensor:
+    """codes @ weight.T in int32, exact for any length below 2^31 / 127^2."""
+    rows, columns = codes.shape
+    if rows > 16 and columns % 8 == 0 and weight.shape[0] % 8 == 0:
+        return torch._int_mm(codes, weight.T)
+    return codes.to(torch.int32) @ weight.to(torch.int32).T
+
+
+@torch.library.impl("nybble::int8_linear", "cpu")
+def _int8_linear_cpu(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
+) -> Tensor:
+    out_features, in_features = packed.shape
+    flat = x.reshape(-1, in_features).contiguous()
+    codes = flat.new_empty(flat.shape, dtype=torch.int8)
+    scale = flat.new_empty(flat.shape[0], dtype=torch.float32)
+    outliers = _core.quantize_activations(
+        memory(flat), in_features, threshold, memory(codes), memory(scale)
+    )
+    product = _int8_product(codes, packed).float()
+    out = product * (scale[:, None] * absmax) * (1 / 127**2)
+    if outliers:
+        weight = packed[:, outliers].float() * absmax[:, None] * (1 / 127)
+        out += flat[:, outliers].float() @ weight.T
+    if bias is not None:
+        out += bias.float()
+    return out.to(x.dtype).reshape(*x.shape[:-1], out_features)
+
+
+torch.library.impl("nybble::int8_linear", "CompositeExplicitAutograd")(reference.int8_linear)
+
+
+@torch.library.register_fake("nybble::int8_linear")
+def _int8_linear_fake(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
+) -> Tensor:
+    torch._check(
+        x.dim() > 0 and x.shape[-1] == packed.shape[1],
+        lambda: f"linear: x has shape {tuple(x.shape)}, the weight {tuple(packed.shape)}",
+    )
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def _int8_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, absmax, bias, _ = inputs
+    ctx.save_for_backward(packed, absmax)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _int8_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """grad_x = grad @ W: rounding of the activations counts as the identity."""
+    packed, absmax = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        how = ("int8", 0, list(packed.shape), grad.dtype)
+        grad_x = grad @ torch.ops.nybble.dequantize(packed, absmax, None, None, *how)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_bias, None
+
+
+torch.library.register_autograd(
+    "nybble::int8_linear", _int8_linear_backward, setup_context=_int8_linear_setup
+)
+
+quantize: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.nybble.quantize
+dequantize: Callable[..., Tensor] = torch.ops.nybble.dequantize
+linear: Callable[..., Tensor] = torch.ops.nybble.linear
+embedding: Callable[..., Tensor] = torch.ops.nybble.embedding
+int8_linear: Callable[..., Tensor] = torch.ops.nybble.int8_linear
+
+
+def elements(shape: Sequence[int]) -> int:
+    """The number of elements of a shape."""
+    return math.prod(shape)

@@ -1,0 +1,201 @@
+"""bitsandbytes' key scheme for the tensors of one quantized weight.
+
+Of a 4-bit weight `M.weight`: the packed codes, `M.weight.absmax`, `M.weight.quant_map`, with
+nested scales `M.weight.nested_absmax` and `M.weight.nested_quant_map`, and the JSON text
+`M.weight.quant_state.bitsandbytes__nf4`. Of an int8 weight: `M.weight`, `M.SCB`,
+`M.weight_format`. Formats that bitsandbytes does not have use the 4-bit scheme with
+`quant_state.nybble__<format>`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nybble import _core, reference
+from nybble.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from nybble.qtensor import QTensor
+
+# Formats that bitsandbytes itself can load.
+_BITSANDBYTES = ("nf4", "fp4")
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
+_NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
+
+
+def parameter_name(prefix: str) -> str:
+    """The parameter that a prefix names: itself, or `weight` of a module."""
+    return prefix + "weight" if not prefix or prefix.endswith(".") else prefix
+
+
+def _module_prefix(name: str) -> str:
+    return name[: -len("weight")] if name.endswith("weight") else name + "."
+
+
+def to_state_dict(q: QTensor, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of `q` under their file names."""
+    name = parameter_name(prefix)
+    if q.format == "int8":
+        module = _module_prefix(name)
+        return {
+            name: q.packed,
+            module + "SCB": q.absmax,
+            module + "weight_format": torch.tensor(0, dtype=torch.uint8, device=q.device),
+        }
+    blob: dict[str, Any] = {
+        "quant_type": q.format,
+        "blocksize": q.blocksize,
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "shape": list(q.shape),
+    }
+    tensors = {name: q.packed.reshape(-1, 1), f"{name}.absmax": q.absmax}
+    if q.quant_map is not None:
+        tensors[f"{name}.quant_map"] = q.quant_map
+    if q.nested_absmax is not None and q.nested_offset is not None:
+        tensors[f"{name}.nested_absmax"] = q.nested_absmax
+        tensors[f"{name}.nested_quant_map"] = reference.codebook("dynamic8", q.device)
+        blob["nested_blocksize"] = reference.NESTED_BLOCKSIZE
+        blob["nested_dtype"] = "float32"
+        blob["nested_offset"] = q.nested_offset.item()
+    vendor = "bitsandbytes" if q.format in _BITSANDBYTES else "nybble"
+    text = json.dumps(blob).encode()
+    tensors[f"{name}.quant_state.{vendor}__{q.format}"] = torch.frombuffer(
+        bytearray(text), dtype=torch.uint8
+    ).to(q.device)
+    return tensors
+
+
+def is_quantized(tensors: Mapping[str, torch.Tensor], prefix: str) -> bool:
+    """Whether `tensors` hold a quantized form of this parameter."""
+    name = parameter_name(prefix)
+    return _module_prefix(name) + "SCB" in tensors or _blob_key(tensors, name) is not None
+
+
+def keys(tensors: Mapping[str, torch.Tensor], prefix: str) -> set[str]:
+    """The keys among `tensors` that belong to this parameter, companions included."""
+    name = parameter_name(prefix)
+    module = _module_prefix(name)
+    own = {name, module + "SCB", module + "weight_format"}
+    companions = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.")
+    starts = tuple(f"{name}.{companion}" for companion in companions)
+    return {key for key in tensors if key in own or key.startswith(starts)}
+
+
+def _blob_key(tensors: Mapping[str, torch.Tensor], name: str) -> str | None:
+    start = f"{name}.quant_state."
+    return next((key for key in tensors if key.startswith(start)), None)
+
+
+def from_state_dict(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, Any]:
+    """The arguments of `QTensor` for one parameter, checked."""
+    name = parameter_name(prefix)
+    module = _module_prefix(name)
+    if module + "SCB" in tensors:
+        return _int8(tensors, name, module)
+    key = _blob_key(tensors, name)
+    if key is None:
+        raise CheckpointError(
+            f"'{name}' has no quant_state and no SCB among {len(tensors)} tensors; it is not"
+            " quantized, or its companions are missing"
+        )
+    return _blockwise(tensors, name, key)
+
+
+def _get(tensors: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
+    if key not in tensors:
+        raise CheckpointError(f"tensor '{key}' is missing; its weight cannot be decoded without it")
+    return tensors[key]
+
+
+def _int8(tensors: Mapping[str, torch.Tensor], name: str, module: str) -> dict[str, Any]:
+    packed, absmax = _get(tensors, name), tensors[module + "SCB"]
+    layout = tensors.get(module + "weight_format")
+    if layout is not None and layout.device.type != "meta" and int(layout) != 0:
+        raise CheckpointError(
+            f"'{module}weight_format' is {int(layout)}: only 0 (row-major) can be read; save the"
+            " model again with a current bitsandbytes"
+        )
+    if packed.dtype != torch.int8 or packed.dim() == 0:
+        raise CheckpointError(f"'{name}' should be int8 with rows, found {packed.dtype}")
+    if absmax.dtype != torch.float32 or absmax.numel() != packed[..., 0].numel():
+        raise CheckpointError(
+            f"'{module}SCB' should be {packed[..., 0].numel()} float32 values, found"
+            f" {absmax.numel()} of {absmax.dtype}"
+        )
+    return {
+        "packed": packed,
+        "absmax": absmax.flatten(),
+        "format": "int8",
+        "shape": packed.shape,
+        "dtype": torch.float16,
+        "blocksize": packed.shape[-1],
+    }
+
+
+def _blockwise(tensors: Mapping[str, torch.Tensor], name: str, key: str) -> dict[str, Any]:
+    blob = _parse_blob(tensors[key], key)
+    format = blob["quant_type"]
+    if not key.endswith(f"__{format}"):
+        raise CheckpointError(f"'{key}' says quant_type '{format}'; key and text disagree")
+    nested = "nested_offset" in blob
+    shape = torch.Size(blob["shape"])
+    blocksize, packed_len, scales, nested_scales = _core.layout(
+        format, list(shape), blob["blocksize"], nested
+    )
+    packed = _get(tensors, name)
+    packed = packed.flatten().view(torch.uint8)
+    absmax = _get(tensors, f"{name}.absmax")
+    _check(name, packed, torch.uint8, packed_len)
+    bytes_ = nested or str(reference.spec(format)["scale"]).startswith("power")
+    _check(f"{name}.absmax", absmax, torch.uint8 if bytes_ else torch.float32, scales)
+    nested_absmax = nested_offset = None
+    if nested:
+        nested_absmax = _get(tensors, f"{name}.nested_absmax")
+        _check(f"{name}.nested_absmax", nested_absmax, torch.float32, nested_scales)
+        nested_offset = torch.tensor(
+            blob["nested_offset"], dtype=torch.float32, device=packed.device
+        )
+    return {
+        "packed": packed,
+        "absmax": absmax,
+        "format": format,
+        "shape": shape,
+        "dtype": _DTYPES[blob["dtype"]],
+        "blocksize": blocksize,
+        "nested_absmax": nested_absmax,
+        "nested_offset": nested_offset,
+    }
+
+
+def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, elements: int) -> None:
+    if tensor.dtype != dtype or tensor.numel() != elements or tensor.dim() > 1:
+        raise CheckpointError(
+            f"'{name}' should be {elements} values of {dtype} in one dimension, found"
+            f" {tuple(tensor.shape)} of {tensor.dtype}"
+        )
+
+
+def _parse_blob(tensor: torch.Tensor, key: str) -> dict[str, Any]:
+    try:
+        blob = json.loads(bytes(tensor.cpu().tolist()).decode())
+    except ValueError as error:
+        raise CheckpointError(f"'{key}' is not JSON text: {error}") from None
+    if not isinstance(blob, dict) or set(blob) not in (_KEYS, _KEYS | _NESTED_KEYS):
+        raise CheckpointError(f"'{key}' should be an object with the keys {sorted(_KEYS)}")
+    valid = (
+        isinstance(blob["quant_type"], str)
+        and isinstance(blob["blocksize"], int)
+        and blob["dtype"] in _DTYPES
+        and isinstance(blob["shape"], list)
+        and all(isinstance(extent, int) and extent >= 0 for extent in blob["shape"])
+        and isinstance(blob.get("nested_offset", 0.0), (int, float))
+        and blob.get("nested_blocksize", 256) == reference.NESTED_BLOCKSIZE
+    )
+    if not valid:
+        raise CheckpointError(f"'{key}' holds a value that cannot be: {blob}")
+    return blob
