@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,15 +13,18 @@ from nybble._memory import memory
 from nybble.errors import DtypeError, FormatError
 from nybble.qtensor import QTensor
 
+if TYPE_CHECKING:
+    from nybble._core import FormatRow
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 EXACT = "exact"
 
 
-def formats() -> list[dict[str, Any]]:
+def formats() -> list[FormatRow]:
     """The table of formats, one dict a row.
 
     Keys: `name`, `bits`, `decode` (codebook, integer, dense), `codebook` (values by code, or
-    None), `scale`, `blocksizes`, `default_blocksize`, `nestable`, `source`.
+    None), `scale`, `scale_dtype`, `blocksizes`, `default_blocksize`, `nestable`, `source`.
     """
     return _core.formats()
 
@@ -189,4 +192,3 @@ def _as_tensor(x: torch.Tensor | np.ndarray[Any, Any]) -> tuple[torch.Tensor, bo
             f"cannot quantize {tensor.dtype}; cast to float32, float16 or bfloat16 first"
         )
     return tensor, from_numpy
-

@@ -6,7 +6,6 @@ known shape. Devices other than the CPU run the definition in `reference.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,15 +66,12 @@ def weight(
 def _empty_quantized(x: Tensor, format: str, blocksize: int, nested: bool) -> tuple[Tensor, ...]:
     shape = [int(extent) for extent in x.shape]
     _, packed, scales, nested_scales = _core.layout(format, shape, blocksize, nested)
-    row = reference.spec(format)
-    integer = row["decode"] == "integer"
-    # E8M0 exponents and the codes of nested scales are bytes.
-    byte_scales = nested or str(row["scale"]).startswith("power")
+    codes_shape, codes_dtype = (
+        (tuple(shape), torch.int8) if reference.is_row_wise(format) else ((packed,), torch.uint8)
+    )
     return (
-        x.new_empty(x.shape, dtype=torch.int8)
-        if integer
-        else x.new_empty(packed, dtype=torch.uint8),
-        x.new_empty(scales, dtype=torch.uint8 if byte_scales else torch.float32),
+        x.new_empty(codes_shape, dtype=codes_dtype),
+        x.new_empty(scales, dtype=reference.scale_dtype(format, nested)),
         x.new_empty(nested_scales, dtype=torch.float32),
         x.new_empty(() if nested else (0,), dtype=torch.float32),
     )
@@ -238,9 +234,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, None, grad_bias, None, None, None
 
 
-torch.library.register_autograd(
-    "nybble::linear", _linear_backward, setup_context=_linear_setup
-)
+torch.library.register_autograd("nybble::linear", _linear_backward, setup_context=_linear_setup)
 
 
 # --- embedding ------------------------------------------------------------------------------
@@ -287,7 +281,7 @@ def _embedding_fake(
 
 
 def _int8_product(codes: Tensor, weight: Tensor) -> Tensor:
-    """codes @ weight.T in int32, exact for any length below 2^31 / 127^2."""
+    """Multiply codes by weight.T in int32, exact for any length below 2^31 / 127^2."""
     rows, columns = codes.shape
     if rows > 16 and columns % 8 == 0 and weight.shape[0] % 8 == 0:
         return torch._int_mm(codes, weight.T)
@@ -356,8 +350,3 @@ dequantize: Callable[..., Tensor] = torch.ops.nybble.dequantize
 linear: Callable[..., Tensor] = torch.ops.nybble.linear
 embedding: Callable[..., Tensor] = torch.ops.nybble.embedding
 int8_linear: Callable[..., Tensor] = torch.ops.nybble.int8_linear
-
-
-def elements(shape: Sequence[int]) -> int:
-    """The number of elements of a shape."""
-    return math.prod(shape)

@@ -105,7 +105,8 @@ class QTensor:
         """The same bits on another device."""
         moved = [None if part is None else part.to(device) for part in self.parts]
         packed, absmax, nested_absmax, nested_offset = moved
-        assert packed is not None and absmax is not None
+        assert packed is not None
+        assert absmax is not None
         return replace(
             self,
             packed=packed,

@@ -8,19 +8,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from nybble import _core
+
+if TYPE_CHECKING:
+    from nybble._core import FormatRow
 
 NESTED_BLOCKSIZE = 256
 _INVERSE_QMAX = 7.874015718698502e-3
 
 
 @functools.cache
-def spec(format: str) -> dict[str, object]:
+def spec(format: str) -> FormatRow:
     """The row of the table of formats."""
     return {row["name"]: row for row in _core.formats()}[format]
+
+
+def scale_dtype(format: str, nested: bool) -> torch.dtype:
+    """The type that scales are stored in: bytes if they are codes themselves."""
+    is_code = nested or spec(format)["scale_dtype"] == "uint8"
+    return torch.uint8 if is_code else torch.float32
+
+
+def is_row_wise(format: str) -> bool:
+    """Whether codes are signed integers with one scale a row (LLM.int8())."""
+    return spec(format)["decode"] == "integer"
 
 
 @functools.cache
@@ -67,7 +82,7 @@ def dequantize(
 ) -> torch.Tensor:
     """Decode: value = codebook[code] * scale in float32, rounded once."""
     row = spec(format)
-    if row["decode"] == "integer":
+    if is_row_wise(format):
         columns = shape[-1] if shape else 1
         codes = packed.reshape(-1, columns) if columns else packed.reshape(absmax.numel(), 0)
         return (codes.float() * absmax[:, None] * _INVERSE_QMAX).to(dtype).reshape(tuple(shape))

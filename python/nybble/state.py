@@ -151,8 +151,7 @@ def _blockwise(tensors: Mapping[str, torch.Tensor], name: str, key: str) -> dict
     packed = packed.flatten().view(torch.uint8)
     absmax = _get(tensors, f"{name}.absmax")
     _check(name, packed, torch.uint8, packed_len)
-    bytes_ = nested or str(reference.spec(format)["scale"]).startswith("power")
-    _check(f"{name}.absmax", absmax, torch.uint8 if bytes_ else torch.float32, scales)
+    _check(f"{name}.absmax", absmax, reference.scale_dtype(format, nested), scales)
     nested_absmax = nested_offset = None
     if nested:
         nested_absmax = _get(tensors, f"{name}.nested_absmax")

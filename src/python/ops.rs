@@ -38,6 +38,12 @@ pub fn formats(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
                 Scale::None => "none",
             };
             row.set_item("scale", scale)?;
+            let scale_dtype = match spec.scale {
+                Scale::Absmax | Scale::RowAbsmax => Some("float32"),
+                Scale::E8M0 => Some("uint8"),
+                Scale::None => None,
+            };
+            row.set_item("scale_dtype", scale_dtype)?;
             row.set_item("blocksizes", spec.blocksizes)?;
             row.set_item("default_blocksize", spec.default_blocksize)?;
             row.set_item("nestable", spec.nestable)?;

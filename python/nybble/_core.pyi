@@ -1,0 +1,58 @@
+"""Types of the Rust extension; `stubtest` compares them with it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final, TypedDict, final
+
+# (address, number of elements, dtype name)
+_Memory = tuple[int, int, str]
+# (format, shape, blocksize, packed, absmax, nested_absmax, nested_offset)
+_Weight = tuple[str, list[int], int, _Memory, _Memory, _Memory | None, _Memory | None]
+
+class FormatRow(TypedDict):
+    name: str
+    bits: int
+    decode: str
+    codebook: list[float] | None
+    scale: str
+    scale_dtype: str | None
+    blocksizes: list[int]
+    default_blocksize: int
+    nestable: bool
+    source: str
+
+class Figures(TypedDict):
+    count: int
+    sqnr_db: float
+    mse: float
+    max_abs: float
+    rel_rms: float
+    cosine: float
+    absmax_min: float
+    absmax_max: float
+    outliers: int
+
+__version__: Final[str]
+
+def formats() -> list[FormatRow]: ...
+def layout(
+    format: str, shape: Sequence[int], blocksize: int | None = None, nested: bool = False
+) -> tuple[int, int, int, int]: ...
+def quantize(
+    x: _Memory, weight: _Weight, reference: str = "exact", nonfinite: str = "error"
+) -> None: ...
+def dequantize(weight: _Weight, out: _Memory, first: int = 0) -> None: ...
+def dequantize_rows(weight: _Weight, rows: _Memory, out: _Memory) -> None: ...
+def error_stats(x: _Memory, weight: _Weight) -> Figures: ...
+def quantize_activations(
+    x: _Memory, columns: int, threshold: float, codes: _Memory, absmax: _Memory
+) -> list[int]: ...
+def pack_codes(codes: _Memory, order: str, packed: _Memory) -> None: ...
+def unpack_codes(packed: _Memory, order: str, codes: _Memory) -> None: ...
+def cpu() -> tuple[str, list[str]]: ...
+def default_threads() -> int: ...
+
+@final
+class Rules:
+    def __new__(cls, skip: Sequence[str], overrides: Mapping[str, str]) -> Rules: ...
+    def decide(self, name: str) -> str | None: ...
+    def unused(self) -> list[str]: ...

@@ -1,0 +1,234 @@
+"""What every layer with one quantized weight shares: its tensors, moving, saving, loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from nybble import _core, reference, state
+from nybble.errors import CheckpointError, FormatError
+from nybble.functional import quantize
+from nybble.qtensor import QTensor
+
+
+class QuantizedModule(nn.Module):
+    """A module whose weight is quantized.
+
+    The codes are a frozen uint8 (int8 for `int8`) parameter `weight`; the scales are plain
+    tensors `absmax`, `nested_absmax`, `nested_offset`. No operation casts any of them:
+    `.to(device)` moves them, `.half()` and `.to(dtype)` leave them alone. Nothing is ever
+    repacked, so a state dict is the same before and after any number of forward passes.
+
+    Attributes:
+        format: Name of the format.
+        blocksize: Elements that share a scale.
+        shape: Shape of the weight that is stored.
+        dtype: Dtype that the weight had.
+        compute_dtype: Dtype in which products are computed; None for that of the input.
+    """
+
+    bits: int  # of the formats that a subclass takes
+
+    weight: nn.Parameter
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor | None
+    nested_offset: torch.Tensor | None
+
+    def __init__(self, q: QTensor, compute_dtype: torch.dtype | None) -> None:
+        super().__init__()
+        bits = reference.spec(q.format)["bits"]
+        if bits != self.bits:
+            raise FormatError(
+                f"{type(self).__name__} holds {self.bits}-bit formats, not {q.format}; use the"
+                f" {bits}-bit class"
+            )
+        self.compute_dtype = compute_dtype
+        self._hold(q)
+
+    def _hold(self, q: QTensor) -> None:
+        """Take over the tensors and the description of a quantized weight."""
+        self.format = q.format
+        self.blocksize = q.blocksize
+        self.shape = q.shape
+        self.dtype = q.dtype
+        packed = q.packed if q.format == "int8" else q.packed.reshape(-1, 1)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        # Buffers, so that every way of moving a module finds them; their names in files differ.
+        self.register_buffer("absmax", q.absmax, persistent=False)
+        self.register_buffer("nested_absmax", q.nested_absmax, persistent=False)
+        self.register_buffer("nested_offset", q.nested_offset, persistent=False)
+
+    @property
+    def qtensor(self) -> QTensor:
+        """The weight, sharing memory with this module."""
+        flat = self.weight.detach()
+        return QTensor(
+            packed=flat if self.format == "int8" else flat.reshape(-1),
+            absmax=self.absmax,
+            format=self.format,
+            shape=self.shape,
+            dtype=self.dtype,
+            blocksize=self.blocksize,
+            nested_absmax=self.nested_absmax,
+            nested_offset=self.nested_offset,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The decoded weight in its own shape; `dtype` None for the dtype that it had."""
+        decoded: torch.Tensor = self.qtensor.dequantize(dtype)
+        return decoded
+
+    def requantize_(self, weight: torch.Tensor) -> None:
+        """Quantize another weight of the same shape into this module, with the same settings."""
+        if weight.shape != self.shape:
+            raise FormatError(
+                f"this module stores a weight of shape {tuple(self.shape)}, got"
+                f" {tuple(weight.shape)}"
+            )
+        self._hold(self._quantized_like(weight))
+
+    def _quantized_like(self, weight: torch.Tensor) -> QTensor:
+        blocksize = None if self.format == "int8" else self.blocksize
+        nested = self.nested_absmax is not None
+        return quantize(weight.detach(), self.format, blocksize=blocksize, nested=nested)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Move the quantized tensors, but never cast them; the bias follows the usual rules."""
+
+        def without_cast(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        held = {
+            id(tensor)
+            for tensor in (self.weight, self.absmax, self.nested_absmax, self.nested_offset)
+            if tensor is not None
+        }
+        # Parameters are handed to `fn` as themselves, so identity tells ours from the bias.
+        return super()._apply(  # type: ignore[no-untyped-call]
+            lambda tensor: without_cast(tensor) if id(tensor) in held else fn(tensor), recurse
+        )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Write the weight under bitsandbytes' key scheme."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + "weight")
+        if self.weight.device.type == "meta":
+            # The text of nested scales needs their offset; a meta module has no bytes to save.
+            destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
+            return
+        destination.update(self.qtensor.state_dict(prefix))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take a quantized weight as it is, or quantize a dense one of the right shape."""
+        own = state.keys(state_dict, prefix)
+        others = {key: value for key, value in state_dict.items() if key not in own}
+        others[prefix + "weight"] = self.weight  # already in place for the base class
+        name = prefix + "weight"
+        if name not in state_dict:
+            missing_keys.append(name)
+        else:
+            try:
+                q = self._loaded(state_dict, prefix)
+                if q.shape != self.shape:
+                    raise CheckpointError(
+                        f"'{name}' has shape {tuple(q.shape)}, this module stores"
+                        f" {tuple(self.shape)}"
+                    )
+                if not local_metadata.get("assign_to_params_buffers", False):
+                    q = self._on_own_device(q)
+                self._hold(q)
+                others[name] = self.weight
+            except (CheckpointError, FormatError) as error:
+                error_msgs.append(str(error))
+        super()._load_from_state_dict(
+            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _loaded(self, state_dict: Any, prefix: str) -> QTensor:
+        if state.is_quantized(state_dict, prefix):
+            q = QTensor.from_state_dict(state_dict, prefix)
+            if q.format == "int8":
+                q = replace(q, dtype=self.dtype)  # int8 files do not say what it was
+            if reference.spec(q.format)["bits"] != self.bits:
+                raise CheckpointError(
+                    f"'{prefix}weight' is {q.format}; a {type(self).__name__} cannot hold it"
+                )
+            return q
+        weight = state_dict[prefix + "weight"]
+        if not weight.is_floating_point():
+            raise CheckpointError(
+                f"'{prefix}weight' is {weight.dtype} without a quant_state; its companions are"
+                " missing"
+            )
+        return self._quantized_like(weight)
+
+    def _on_own_device(self, q: QTensor) -> QTensor:
+        device = self.weight.device
+        if device.type == "meta":
+            raise CheckpointError(
+                "this module is on the meta device; pass assign=True to load_state_dict"
+            )
+        moved = q.to(device)
+        # A loaded module must not share memory with the state dict that it came from.
+        return replace(
+            moved,
+            packed=moved.packed.clone(),
+            absmax=moved.absmax.clone(),
+            nested_absmax=_clone(moved.nested_absmax),
+            nested_offset=_clone(moved.nested_offset),
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the weight in one line."""
+        nested = ", nested" if self.nested_absmax is not None else ""
+        blocks = "" if self.format == "int8" else f", blocksize={self.blocksize}"
+        compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
+        return f"{', '.join(map(str, self.shape))}, format={self.format}{blocks}{nested}{compute}"
+
+
+def _clone(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.clone()
+
+
+def empty_quantized(
+    shape: tuple[int, ...],
+    format: str,
+    blocksize: int | None,
+    nested: bool,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> QTensor:
+    """The quantized form of zeros: what a module holds before its weight is loaded."""
+    if device is not None and torch.device(device).type == "meta":
+        size, packed, scales, nested_scales = _core.layout(format, list(shape), blocksize, nested)
+        rows = reference.is_row_wise(format)
+        return QTensor(
+            packed=torch.empty(
+                shape if rows else (packed,),
+                dtype=torch.int8 if rows else torch.uint8,
+                device="meta",
+            ),
+            absmax=torch.empty(scales, dtype=reference.scale_dtype(format, nested), device="meta"),
+            format=format,
+            shape=torch.Size(shape),
+            dtype=dtype,
+            blocksize=size,
+            nested_absmax=torch.empty(nested_scales, device="meta") if nested else None,
+            nested_offset=torch.empty((), device="meta") if nested else None,
+        )
+    zeros = torch.zeros(shape, dtype=dtype, device=device)
+    return quantize(zeros, format, blocksize=blocksize, nested=nested)
