@@ -262,8 +262,8 @@ impl Simd for Avx2 {
     fn gather(self, values: &[f32; 256], codes: &[u8; GROUP]) -> Self::Floats {
         let codes: &[[u8; 8]] = codes.as_chunks().0;
         each!(codes => {
-            let index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(codes.as_ptr().cast()));
-            _mm256_i32gather_ps::<4>(values.as_ptr(), index)
+            let [a, b, c, d, e, f, g, h] = codes.map(|code| values[usize::from(code)]);
+            _mm256_setr_ps(a, b, c, d, e, f, g, h)
         })
     }
 

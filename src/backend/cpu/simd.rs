@@ -82,6 +82,11 @@ pub trait Simd: Copy {
     fn decode4(self, table: Self::Table4, packed: &[u8; HALF], out: &mut [f32; GROUP]);
 }
 
+/// Elements whose scales are found before the first of them is encoded: the chain from the
+/// values of a block to its scale to its codes is long, and a processor works on several blocks at
+/// once only where they do not wait for each other. They stay in the first-level cache.
+const BATCH: usize = 2048;
+
 /// [`blockwise::absmax`]
 #[inline(always)]
 fn absmax<S: Simd, T: Lanes>(simd: S, x: &[T]) -> f32 {
@@ -90,7 +95,19 @@ fn absmax<S: Simd, T: Lanes>(simd: S, x: &[T]) -> f32 {
     for x in groups {
         largest = simd.max_magnitude(largest, simd.load(x));
     }
-    f32::from_bits(simd.reduce_max(largest).max(blockwise::absmax(rest).to_bits()))
+    let largest = f32::from_bits(simd.reduce_max(largest));
+    if rest.is_empty() { largest } else { larger(largest, rest) }
+}
+
+/// Writes the scale of each block; returns whether all values were finite.
+#[inline(always)]
+fn find_scales<S: Simd, T: Lanes>(simd: S, how: Blocks, x: &[T], scales: &mut [f32]) -> bool {
+    let mut finite = true;
+    for (x, scale) in x.chunks(how.blocksize).zip(scales) {
+        *scale = how.scale(absmax(simd, x));
+        finite &= scale.is_finite();
+    }
+    finite
 }
 
 /// [`blockwise::quantize4`]
@@ -104,29 +121,33 @@ pub fn quantize4<S: Simd, T: Lanes>(
     scales: &mut [f32],
 ) -> bool {
     let (tree, root) = (simd.tree(&book.tree), simd.splat(book.tree[1]));
+    let blocks = (BATCH / how.blocksize).max(1);
+    let run = blocks * how.blocksize;
     let mut finite = true;
-    let bytes = packed.chunks_mut(how.blocksize / 2);
-    for ((x, packed), scale) in x.chunks(how.blocksize).zip(bytes).zip(scales) {
-        *scale = how.scale(absmax(simd, x));
-        finite &= scale.is_finite();
-        let divisor = how.divisor(*scale);
-        let Divisor::Times(factor) = divisor else {
-            blockwise::encode4(book, divisor, x, packed);
-            continue;
-        };
-        let factor = simd.splat(factor);
-        let (groups, rest) = x.as_chunks::<GROUP>();
-        let (packed, packed_rest) = packed.split_at_mut(groups.len() * HALF);
-        for (x, packed) in groups.iter().zip(packed.as_chunks_mut::<HALF>().0) {
-            let x = simd.mul(simd.load(x), factor);
-            let node = simd.child(simd.splat_int(1), x, root);
-            let node = simd.child(node, x, simd.upper(tree, node));
-            let node = simd.child(node, x, simd.upper(tree, node));
-            let node = simd.child(node, x, simd.lower(tree, node));
-            *packed = simd.pack(node, &book.order);
-        }
-        if !rest.is_empty() {
-            blockwise::encode4(book, divisor, rest, packed_rest);
+    let batches = x.chunks(run).zip(packed.chunks_mut(run / 2));
+    for ((x, packed), scales) in batches.zip(scales.chunks_mut(blocks)) {
+        finite &= find_scales(simd, how, x, scales);
+        let bytes = packed.chunks_mut(how.blocksize / 2);
+        for ((x, packed), scale) in x.chunks(how.blocksize).zip(bytes).zip(scales) {
+            let divisor = how.divisor(*scale);
+            let Divisor::Times(factor) = divisor else {
+                encode4(book, divisor, x, packed);
+                continue;
+            };
+            let factor = simd.splat(factor);
+            let (groups, rest) = x.as_chunks::<GROUP>();
+            let (packed, packed_rest) = packed.split_at_mut(groups.len() * HALF);
+            for (x, packed) in groups.iter().zip(packed.as_chunks_mut::<HALF>().0) {
+                let x = simd.mul(simd.load(x), factor);
+                let node = simd.child(simd.splat_int(1), x, root);
+                let node = simd.child(node, x, simd.upper(tree, node));
+                let node = simd.child(node, x, simd.upper(tree, node));
+                let node = simd.child(node, x, simd.lower(tree, node));
+                *packed = simd.pack(node, &book.order);
+            }
+            if !rest.is_empty() {
+                encode4(book, divisor, rest, packed_rest);
+            }
         }
     }
     finite
@@ -144,14 +165,12 @@ pub fn quantize8<S: Simd, T: Lanes>(
 ) -> bool {
     let Some(top) = book.tree.first_chunk() else { return false };
     let (tree, root, sorted) = (simd.tree(top), simd.splat(top[1]), book.is_sorted());
-    let mut finite = true;
+    let finite = find_scales(simd, how, x, scales);
     let blocks = x.chunks(how.blocksize).zip(codes.chunks_mut(how.blocksize));
     for ((x, codes), scale) in blocks.zip(scales) {
-        *scale = how.scale(absmax(simd, x));
-        finite &= scale.is_finite();
         let divisor = how.divisor(*scale);
         let Divisor::Times(factor) = divisor else {
-            blockwise::encode8(book, divisor, x, codes);
+            encode8(book, divisor, x, codes);
             continue;
         };
         let factor = simd.splat(factor);
@@ -168,7 +187,9 @@ pub fn quantize8<S: Simd, T: Lanes>(
                 *codes = codes.map(|position| book.order[usize::from(position)]);
             }
         }
-        blockwise::encode8(book, divisor, rest, codes_rest);
+        if !rest.is_empty() {
+            encode8(book, divisor, rest, codes_rest);
+        }
     }
     finite
 }
@@ -203,7 +224,7 @@ pub fn dequantize4<S: Simd, T: Lanes>(
             }
         }
         if !rest.is_empty() {
-            blockwise::decode4(values, *scale, packed_rest, rest);
+            decode4(values, *scale, packed_rest, rest);
         }
     }
 }
@@ -227,7 +248,7 @@ pub fn dequantize8<S: Simd, T: Lanes>(
             simd.store(simd.mul(simd.gather(values, codes), factor), out);
         }
         if !rest.is_empty() {
-            blockwise::dequantize8(values, blocksize, codes_rest, &[*scale], rest);
+            decode8(values, *scale, codes_rest, rest);
         }
     }
 }
@@ -241,13 +262,13 @@ pub fn quantize_row<S: Simd, T: Lanes>(simd: S, x: &[T], codes: &mut [i8]) -> f3
     // A row too small for a factor is divided, element by element.
     let (groups, rest) = if factor.is_finite() { (groups, rest) } else { (&[][..], x) };
     let (codes, codes_rest) = codes.split_at_mut(groups.len() * GROUP);
-    let factor_lanes = simd.splat(factor);
+    let lanes_factor = simd.splat(factor);
     for (x, codes) in groups.iter().zip(codes.as_chunks_mut::<GROUP>().0) {
-        let rounded = simd.round(simd.mul(simd.load(x), factor_lanes));
+        let rounded = simd.round(simd.mul(simd.load(x), lanes_factor));
         *codes = bytemuck::cast(simd.bytes(rounded));
     }
-    for (code, x) in codes_rest.iter_mut().zip(rest) {
-        *code = rowwise::row_code(x.to_f32(), absmax, factor);
+    if !rest.is_empty() {
+        encode_row(rest, absmax, codes_rest);
     }
     absmax
 }
@@ -261,7 +282,50 @@ pub fn dequantize_row<S: Simd, T: Lanes>(simd: S, codes: &[i8], absmax: f32, out
     for (out, codes) in groups.iter_mut().zip(codes) {
         simd.store(simd.mul(simd.mul(simd.signed(codes), scale), inverse), out);
     }
-    rowwise::dequantize_row(codes_rest, absmax, rest);
+    if !rest.is_empty() {
+        decode_row(codes_rest, absmax, rest);
+    }
+}
+
+// The definition for what is not a whole group, as functions of their own: inlined, they would
+// outweigh the kernels.
+
+#[inline(never)]
+fn larger<T: Lanes>(largest: f32, x: &[T]) -> f32 {
+    f32::from_bits(blockwise::absmax(x).to_bits().max(largest.to_bits()))
+}
+
+#[inline(never)]
+fn encode4<T: Lanes>(book: &Codebook<16>, divisor: Divisor, x: &[T], packed: &mut [u8]) {
+    blockwise::encode4(book, divisor, x, packed);
+}
+
+#[inline(never)]
+fn encode8<T: Lanes>(book: &Codebook<256>, divisor: Divisor, x: &[T], codes: &mut [u8]) {
+    blockwise::encode8(book, divisor, x, codes);
+}
+
+#[inline(never)]
+fn decode4<T: Lanes>(values: &[f32; 16], scale: f32, packed: &[u8], out: &mut [T]) {
+    blockwise::decode4(values, scale, packed, out);
+}
+
+#[inline(never)]
+fn decode8<T: Lanes>(values: &[f32; 256], scale: f32, codes: &[u8], out: &mut [T]) {
+    blockwise::dequantize8(values, GROUP, codes, &[scale], out);
+}
+
+#[inline(never)]
+fn encode_row<T: Lanes>(x: &[T], absmax: f32, codes: &mut [i8]) {
+    let factor = rowwise::row_factor(absmax);
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = rowwise::row_code(x.to_f32(), absmax, factor);
+    }
+}
+
+#[inline(never)]
+fn decode_row<T: Lanes>(codes: &[i8], absmax: f32, out: &mut [T]) {
+    rowwise::dequantize_row(codes, absmax, out);
 }
 
 /// The entry points of an instruction set: functions that enable `$features` around the bodies
