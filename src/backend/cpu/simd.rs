@@ -104,8 +104,9 @@ fn absmax<S: Simd, T: Lanes>(simd: S, x: &[T]) -> f32 {
 fn find_scales<S: Simd, T: Lanes>(simd: S, how: Blocks, x: &[T], scales: &mut [f32]) -> bool {
     let mut finite = true;
     for (x, scale) in x.chunks(how.blocksize).zip(scales) {
-        *scale = how.scale(absmax(simd, x));
-        finite &= scale.is_finite();
+        let absmax = absmax(simd, x);
+        finite &= absmax.is_finite();
+        *scale = how.scale(absmax);
     }
     finite
 }
