@@ -18,7 +18,9 @@ use proptest::prelude::*;
 fn config(cases: u32) -> ProptestConfig {
     let asked = std::env::var_os("PROPTEST_CASES").is_some();
     let default = ProptestConfig::default();
-    ProptestConfig { cases: if asked { default.cases } else { cases }, ..default }
+    let cases = if asked { default.cases } else { cases };
+    // A failure prints its input; nothing is written beside the sources.
+    ProptestConfig { cases, failure_persistence: None, ..default }
 }
 
 /// SplitMix64: a case is a seed, so that long inputs cost little and are found again.
