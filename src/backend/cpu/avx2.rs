@@ -204,11 +204,21 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn last_four(self, nodes: &[f32; 256], node: Self::Ints, x: Self::Floats) -> Self::Ints {
-        let mut node = node;
-        for _ in 0..4 {
+        let at = |i: usize| f32::load8(self, &nodes.as_chunks().0[i]);
+        // Nodes 16 to 31 are two registers; the blend looks at the sign, where bit 3 goes.
+        let pivot = each!(node => {
+            let low = _mm256_permutevar8x32_ps(at(2), node);
+            let high = _mm256_permutevar8x32_ps(at(3), node);
+            _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(node)))
+        });
+        let mut node = self.child(node, x, pivot);
+        for _ in 0..3 {
+            // Eight loads, for a gather is slower on many processors and never much faster.
             let pivot = each!(node => {
-                let node = _mm256_and_si256(node, _mm256_set1_epi32(255));
-                _mm256_i32gather_ps::<4>(nodes.as_ptr(), node)
+                let mut index = [0u32; 8];
+                _mm256_storeu_si256(index.as_mut_ptr().cast(), node);
+                let [a, b, c, d, e, f, g, h] = index.map(|node| nodes[node as usize & 255]);
+                _mm256_setr_ps(a, b, c, d, e, f, g, h)
             });
             node = self.child(node, x, pivot);
         }
