@@ -2,6 +2,9 @@
 //!
 //! Quick by default; `PROPTEST_CASES=1000 cargo test --release --test formats` is thorough.
 
+// Helpers of tests may fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use half::bf16;
 use nybble::backend::cpu::{Cpu, Isa, Lanes, Quantizer};
 use nybble::dtype::Element;
@@ -94,7 +97,9 @@ fn fit(format: Format, x: &mut [f32]) {
     if let Decode::Codebook8(book) = format.spec().decode
         && book.values.iter().all(|value| *value >= 0.0)
     {
-        x.iter_mut().for_each(|x| *x = x.abs());
+        for x in x {
+            *x = x.abs();
+        }
     }
 }
 
@@ -153,7 +158,9 @@ proptest! {
                 for block in x.chunks_mut(layout.blocksize) {
                     let largest = block.iter().copied().max_by(|a, b| a.abs().total_cmp(&b.abs()));
                     if largest.is_some_and(|x| x < 0.0) {
-                        block.iter_mut().for_each(|x| *x = -*x);
+                        for x in block.iter_mut() {
+                            *x = -*x;
+                        }
                     }
                     fit(format, block);
                 }
@@ -161,9 +168,10 @@ proptest! {
             let once = Quantized::new(cpu, layout, &x);
             let decoded = once.decode::<f32>(cpu);
             let twice = Quantized::new(cpu, layout, &decoded);
-            match format.spec().decode {
-                Decode::Int8 => prop_assert_eq!(once.packed, twice.packed),
-                _ => prop_assert_eq!(twice.decode::<f32>(cpu), decoded, "{}", format),
+            if layout.blocksize == ROW {
+                prop_assert_eq!(once.packed, twice.packed);
+            } else {
+                prop_assert_eq!(twice.decode::<f32>(cpu), decoded, "{}", format);
             }
         }
     }
