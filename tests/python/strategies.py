@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import hypothesis.strategies as st
-import nybble as nb
 import torch
+
+import nybble as nb
 
 QUANTIZED = [row for row in nb.formats() if row["decode"] != "dense"]
 NAMES = [row["name"] for row in QUANTIZED]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 import nybble as nb
 
 
@@ -34,9 +36,5 @@ def test_every_public_name_is_there():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    try:
-        nb.nonsense  # noqa: B018
-    except AttributeError as error:
-        assert "nonsense" in str(error)
-    else:
-        raise AssertionError
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = nb.nonsense

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import nybble as nb
 import pytest
 import torch
 from hypothesis import given
+
+import nybble as nb
 from nybble import reference
 from strategies import NAMES, dtypes, for_format, matrices, seeds, settings_of, tensor
 
@@ -98,7 +99,7 @@ def test_compiled_linear_has_no_graph_break_and_the_same_values(backend):
 
 def test_wrong_shapes_are_refused_before_any_kernel():
     q = nb.quantize(torch.randn(8, 64))
-    with pytest.raises((RuntimeError, ValueError), match="63|64"):
+    with pytest.raises((RuntimeError, ValueError), match=r"63|64"):
         nb.linear(torch.randn(2, 63), q)
     with pytest.raises((RuntimeError, ValueError), match="rank 2"):
         nb.linear(torch.randn(2, 64), nb.quantize(torch.randn(512)))

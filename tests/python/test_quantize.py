@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import hypothesis.strategies as st
 import numpy as np
-import nybble as nb
 import pytest
 import torch
 from hypothesis import given
+
+import nybble as nb
 from nybble import reference
 from strategies import (
     FOUR_BIT,
@@ -31,7 +33,7 @@ def widest_gap(name: str) -> float:
     book = sorted(set(SPEC[name]["codebook"] or [i / 127 for i in range(-127, 128)]))
     if name == "int4":
         book = book[1:]  # code 0 is never produced
-    return max(b - a for a, b in zip(book, book[1:], strict=False))
+    return max(b - a for a, b in itertools.pairwise(book))
 
 
 @given(settings_of(), shapes, dtypes, kinds, seeds)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
-import nybble as nb
 import pytest
 import torch
 from hypothesis import given
+
+import nybble as nb
 from strategies import dtypes, for_format, same_bits, seeds, settings_of, shapes, tensor
 
 
