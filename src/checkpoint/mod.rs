@@ -1,10 +1,15 @@
 //! Checkpoint files: reading what others wrote without trusting it, and writing what they read.
 //!
-//! [`safetensors`] is one file, [`shard`] the files of one model. Nothing that a file says is
+//! [`safetensors`] is one file, [`shard`] the files of one model, [`bitsandbytes`] the names and
+//! [`quant_state`] the text that describe a quantized parameter. Nothing that a file says is
 //! believed before it is checked: a damaged or hostile file gives an error that names the file
 //! and the tensor, never a panic and never an allocation that the file's own size does not
 //! justify.
 
+#![forbid(unsafe_code)]
+
+pub mod bitsandbytes;
 mod json;
+pub mod quant_state;
 pub mod safetensors;
 pub mod shard;
