@@ -13,6 +13,7 @@ mod json;
 pub mod open;
 mod problem;
 pub mod quant_state;
+pub mod rules;
 pub mod safetensors;
 pub mod shard;
 pub mod stored;
