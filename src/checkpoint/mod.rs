@@ -9,7 +9,9 @@
 #![forbid(unsafe_code)]
 
 pub mod bitsandbytes;
+pub mod config;
 mod json;
+pub mod names;
 pub mod open;
 mod problem;
 pub mod quant_state;
@@ -18,6 +20,7 @@ pub mod safetensors;
 pub mod shard;
 pub mod stored;
 mod verify;
+pub mod writer;
 
 pub use open::{Checkpoint, Entry, Part};
 pub use problem::Problem;

@@ -22,7 +22,7 @@ pub const CONFIG: &str = "config.json";
 
 const EXTENSION: &str = ".safetensors";
 const MAX_INDEX: u64 = 100_000_000;
-const MAX_CONFIG: u64 = 16_000_000;
+pub(crate) const MAX_CONFIG: u64 = 16_000_000;
 
 /// All tensors of a model, wherever they lie; headers are read, data are not.
 #[derive(Debug)]
