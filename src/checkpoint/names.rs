@@ -31,30 +31,72 @@ pub enum Role {
 #[derive(Debug)]
 pub struct Names<'a> {
     conv1d: bool,
-    keep_wo: bool,
+    precise: Vec<&'static str>,
     attention_in: HashSet<&'a str>,
+    biased: HashSet<&'a str>,
 }
 
 /// Model types whose linear layers are `Conv1D`, with the weight stored as `[in, out]`.
-const CONV1D_MODELS: &[&str] =
-    &["gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt2-doubleheads"];
+const CONV1D_MODELS: &[&str] = &["gpt2", "openai-gpt", "imagegpt", "decision_transformer"];
 
 /// The layers of those models that are `Conv1D`.
 const CONV1D_LAYERS: &[&str] = &["c_attn", "c_proj", "c_fc", "q_attn"];
 
-/// Model types whose `wo` overflows in float16 (`_keep_in_fp32_modules` in transformers).
-const WO_MODELS: &[&str] =
-    &["t5", "mt5", "umt5", "udop", "pop2piano", "longt5", "switch_transformers", "pix2struct"];
+/// Modules that transformers keeps precise (`_keep_in_fp32_modules`) and the model types that
+/// have them; no types: any.
+const PRECISE: &[(&str, &[&str])] = &[
+    ("wo", &["t5", "mt5", "umt5", "udop", "pop2piano"]),
+    ("qformer", &["blip-2"]),
+    ("indexer.weights_proj", &[]),
+];
 
 /// Last components of linear layers that make logits.
 const HEADS: &[&str] = &["lm_head", "embed_out", "output_projection", "score"];
 
-/// Ends of names of linear layers that make logits, where the last component says too little.
-const HEAD_ENDS: &[&str] = &["lm_head.decoder", "predictions.decoder"];
+/// Names of linear layers that make logits, where the last component says too little.
+const WHOLE_HEADS: &[&str] = &["output", "head"];
 
-/// Last components of embeddings that no rule below finds.
-const EMBEDDINGS: &[&str] =
-    &["wte", "wpe", "shared", "embed_in", "tok_embeddings", "relative_attention_bias"];
+/// Ends of such names.
+const HEAD_ENDS: &[&str] = &["head.decoder", "predictions.decoder", "_lm_head"];
+
+/// Last components of embeddings.
+const EMBEDDINGS: &[&str] = &[
+    "embed",
+    "embed_char",
+    "embed_global",
+    "embed_in",
+    "embed_timestep",
+    "embedding",
+    "embeddings",
+    "relative_attention_bias",
+    "shared",
+    "tok_embeddings",
+    "w",
+    "wpe",
+    "wte",
+];
+
+/// Beginnings of last components of embeddings.
+const EMBEDDING_STARTS: &[&str] =
+    &["embed_tokens", "embed_positions", "token_type_embeddings", "HashBucketCodepointEmbedder"];
+
+/// Ends of last components of embeddings.
+const EMBEDDING_ENDS: &[&str] = &[
+    "_embedding",
+    "_embeddings",
+    "_embed",
+    "_embeds",
+    "_embeds_layer",
+    "_embedder",
+    "_emb",
+    "_embedding_table",
+    "_embeddings_table",
+    "_token",
+    "_tokens",
+];
+
+/// What ends like an embedding but is a linear layer over the pixels of a patch.
+const PATCHES: &[&str] = &["patch_embed", "patch_embedding", "patch_embeddings"];
 
 impl<'a> Names<'a> {
     /// Looks through the names of all tensors, and through the config if there is one.
@@ -63,10 +105,13 @@ impl<'a> Names<'a> {
         let is_one_of = |table: &[&str]| {
             types.as_ref().map(|types| types.iter().any(|name| table.contains(name)))
         };
-        let (mut attention_in, mut wide) = (HashSet::new(), false);
+        let (mut attention_in, mut biased, mut wide) = (HashSet::new(), HashSet::new(), false);
         for info in tensors {
             if let Some(parent) = info.name.strip_suffix(".in_proj_weight") {
                 attention_in.insert(parent);
+            }
+            if let Some(module) = info.name.strip_suffix(".bias") {
+                biased.insert(module);
             }
             // Without a config: queries, keys and values side by side tell `[in, out]`.
             wide |= info.name.ends_with("attn.c_attn.weight")
@@ -74,8 +119,13 @@ impl<'a> Names<'a> {
         }
         Self {
             conv1d: is_one_of(CONV1D_MODELS).unwrap_or(wide),
-            keep_wo: is_one_of(WO_MODELS).unwrap_or(false),
+            precise: PRECISE
+                .iter()
+                .filter(|(_, types)| types.is_empty() || is_one_of(types).unwrap_or(false))
+                .map(|(name, _)| *name)
+                .collect(),
             attention_in,
+            biased,
         }
     }
 
@@ -100,7 +150,7 @@ impl<'a> Names<'a> {
             _ => return Role::Other("more than two dimensions"),
         }
         let (parent, last) = module.rsplit_once('.').unwrap_or(("", module));
-        if HEADS.contains(&last) || HEAD_ENDS.iter().any(|end| module.ends_with(end)) {
+        if self.is_head(module, last) {
             return quantizable(info, Role::Head);
         }
         if is_embedding(last) {
@@ -115,10 +165,19 @@ impl<'a> Names<'a> {
         if last == "out_proj" && self.attention_in.contains(parent) {
             return Role::Other("part of torch's MultiheadAttention");
         }
-        if self.keep_wo && last == "wo" {
+        if self.precise.iter().any(|name| at_border(name, module)) {
             return Role::KeepPrecise("kept precise by its model");
         }
         quantizable(info, Role::Linear)
+    }
+
+    /// transformers leaves out the output embedding and the last parameter: a classifier's weight
+    /// only if it has no bias behind it.
+    fn is_head(&self, module: &str, last: &str) -> bool {
+        HEADS.contains(&last)
+            || WHOLE_HEADS.contains(&module)
+            || HEAD_ENDS.iter().any(|end| module.ends_with(end))
+            || (last == "classifier" && !module.contains("router") && !self.biased.contains(module))
     }
 
     /// Whether the weight of a module is stored as `[in, out]`.
@@ -163,13 +222,18 @@ fn expert(info: &TensorInfo) -> Role {
 }
 
 fn is_embedding(last: &str) -> bool {
-    let ends = ["_embedding", "_embeddings", "_embed", "_embeds"];
-    EMBEDDINGS.contains(&last)
-        || last == "embedding"
-        || last == "embeddings"
-        || last.starts_with("embed_tokens")
-        || last.starts_with("embed_positions")
-        || ends.iter().any(|end| last.ends_with(end))
+    !PATCHES.contains(&last)
+        && (EMBEDDINGS.contains(&last)
+            || EMBEDDING_STARTS.iter().any(|start| last.starts_with(start))
+            || EMBEDDING_ENDS.iter().any(|end| last.ends_with(end)))
+}
+
+/// Whether `name` is the beginning or the end of a module's name, cut at dots.
+fn at_border(name: &str, module: &str) -> bool {
+    let cut = |rest: Option<&str>, dot: &str| {
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(dot) || rest.ends_with(dot))
+    };
+    cut(module.strip_prefix(name), ".") || cut(module.strip_suffix(name), ".")
 }
 
 fn is_norm(last: &str) -> bool {
@@ -215,6 +279,14 @@ mod tests {
             ("encoder.embedding_hidden_mapping_in.weight", Role::Linear),
             ("lm_head.weight", Role::Head),
             ("embed_out.weight", Role::Head),
+            ("classifier.weight", Role::Head),
+            ("head.weight", Role::Head),
+            ("block.head.weight", Role::Linear),
+            ("vision.embeddings.patch_embedding.weight", Role::Linear),
+            (
+                "layers.0.indexer.weights_proj.weight",
+                Role::KeepPrecise("kept precise by its model"),
+            ),
             ("cls.predictions.decoder.weight", Role::Head),
             ("model.embed_tokens.weight", Role::Other("embedding")),
             ("transformer.wpe.weight", Role::Other("embedding")),
@@ -262,6 +334,13 @@ mod tests {
         assert!(!transposed(Some(r#"{"model_type":"gpt_bigcode"}"#), &[]));
         assert!(transposed(None, &[info("h.0.attn.c_attn.weight", &[8, 24])]));
         assert!(!transposed(None, &[info("h.0.attn.c_attn.weight", &[24, 8])]));
+    }
+
+    #[test]
+    fn a_classifier_with_a_bias_is_a_layer_like_others() {
+        let tensors = [info("classifier.bias", &[8])];
+        let names = Names::new(None, &tensors);
+        assert_eq!(names.role(&info("classifier.weight", &[8, 8])), Role::Linear);
     }
 
     #[test]
