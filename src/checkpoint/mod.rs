@@ -9,16 +9,23 @@
 #![forbid(unsafe_code)]
 
 pub mod bitsandbytes;
+mod budget;
 pub mod config;
+pub mod convert;
+mod destination;
 mod json;
 pub mod names;
 pub mod open;
+pub mod plan;
 mod problem;
 pub mod quant_state;
+pub mod report;
 pub mod rules;
 pub mod safetensors;
 pub mod shard;
+mod sidecars;
 pub mod stored;
+pub mod stream;
 mod verify;
 pub mod writer;
 

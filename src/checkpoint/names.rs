@@ -21,6 +21,8 @@ pub enum Role {
     Head,
     /// A linear layer of a mixture of experts, or all experts' layers in one tensor.
     Expert,
+    /// The linear layer that chooses experts: tiny, and its errors change which expert is asked.
+    Router,
     /// Anything else, and why.
     Other(&'static str),
     /// A linear layer that must keep its precision: float32 where the rest is float16.
@@ -160,7 +162,7 @@ impl<'a> Names<'a> {
             return Role::Other("norm");
         }
         if is_router(module, last) {
-            return Role::Other("router");
+            return Role::Router;
         }
         if last == "out_proj" && self.attention_in.contains(parent) {
             return Role::Other("part of torch's MultiheadAttention");
@@ -183,6 +185,17 @@ impl<'a> Names<'a> {
     /// Whether the weight of a module is stored as `[in, out]`.
     pub fn is_transposed(&self, module: &str) -> bool {
         self.conv1d && CONV1D_LAYERS.contains(&last_component(module))
+    }
+}
+
+/// Whether transformers takes a layer that is left out by default for one to quantize, so that
+/// the config must say that it is not. Where experts are one tensor, they and their gate are no
+/// `nn.Linear`; in some older models they are.
+pub fn must_be_named(module: &str, role: Role) -> bool {
+    match role {
+        Role::Router => module.split('.').any(|component| component == "router"),
+        Role::Expert => module.contains(".experts.expert_"),
+        Role::Linear | Role::Head | Role::KeepPrecise(_) | Role::Other(_) => false,
     }
 }
 
@@ -295,8 +308,8 @@ mod tests {
                 "block.0.layer.0.SelfAttention.relative_attention_bias.weight",
                 Role::Other("embedding"),
             ),
-            ("model.layers.0.block_sparse_moe.gate.weight", Role::Other("router")),
-            ("encoder.block.1.mlp.router.classifier.weight", Role::Other("router")),
+            ("model.layers.0.block_sparse_moe.gate.weight", Role::Router),
+            ("encoder.block.1.mlp.router.classifier.weight", Role::Router),
             ("model.layers.0.mlp.experts.3.up_proj.weight", Role::Expert),
             ("some.parameter", Role::Other("not the weight of a module")),
         ] {
