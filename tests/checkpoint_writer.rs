@@ -1,5 +1,8 @@
 //! Checkpoints that nybble writes: equal to bitsandbytes', whole or not there, and read back.
 
+// Helpers outside of test functions.
+#![allow(clippy::unwrap_used)]
+
 use std::collections::HashMap;
 use std::fs;
 use std::ops::ControlFlow;

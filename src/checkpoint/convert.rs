@@ -1,26 +1,22 @@
 //! Quantizes and dequantizes whole checkpoints.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::Instant;
 
-use serde_json::{Value, json};
-
-use crate::backend::cpu::{Cpu, Quantizer, threads};
-use crate::checkpoint::bitsandbytes::{Groups, owner};
-use crate::checkpoint::budget;
-use crate::checkpoint::config::{Config, Quantization};
-use crate::checkpoint::destination::Destination;
+use crate::backend::cpu::Quantizer;
+use crate::checkpoint::bitsandbytes::Groups;
+use crate::checkpoint::config::Config;
+use crate::checkpoint::entry::ConfigEntry;
+use crate::checkpoint::job::Job;
 use crate::checkpoint::names::{Names, module_of};
 use crate::checkpoint::open::{Checkpoint, Entry};
-use crate::checkpoint::plan::{Action, Choice, Item, LeftOut, Plan, float};
-use crate::checkpoint::report::{Report, Row, SCHEMA_VERSION, Totals, text};
+use crate::checkpoint::plan::{Action, Choice, Item, Plan, float};
+use crate::checkpoint::report::{Report, SCHEMA_VERSION, Totals, text};
 use crate::checkpoint::rules::Rules;
-use crate::checkpoint::shard::{CONFIG, INDEX, Source};
-use crate::checkpoint::sidecars::Sidecars;
+use crate::checkpoint::shard::{CONFIG, Source};
 use crate::checkpoint::stored::Damage;
-use crate::checkpoint::stream::{Progress, Stream};
-use crate::checkpoint::writer::{Writer, file_bytes};
+use crate::checkpoint::stream::Progress;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::format::Format;
@@ -143,7 +139,7 @@ pub fn quantize(
         ..empty(source, target)
     };
     let job = Job { source: &opened, checkpoint: None, config, how, run: options.run };
-    let mut report = job.run(target, plan, report, progress)?;
+    let mut report = job.run(target, &plan, report, progress)?;
     report.seconds = start.elapsed().as_secs_f64();
     Ok(report)
 }
@@ -203,7 +199,7 @@ pub fn dequantize(
     };
     let how = Quantizer::default();
     let job = Job { source: opened, checkpoint: Some(&checkpoint), config, how, run };
-    let mut report = job.run(target, plan, report, progress)?;
+    let mut report = job.run(target, &plan, report, progress)?;
     report.seconds = start.elapsed().as_secs_f64();
     Ok(report)
 }
@@ -247,187 +243,5 @@ fn empty(source: &Path, target: &Path) -> Report {
         memory_bytes: 0,
         seconds: 0.0,
         warnings: Vec::new(),
-    }
-}
-
-/// What `config.json` says, and who understands it.
-struct ConfigEntry {
-    value: Value,
-    method: &'static str,
-}
-
-impl ConfigEntry {
-    /// None where nothing is quantized. transformers and bitsandbytes can read one format of
-    /// theirs at a time; everything else needs nybble.
-    fn of(plan: &Plan, options: &Options, compute: Option<Dtype>, tied: bool) -> Option<Self> {
-        let mut layouts = plan.items().filter_map(|item| match &item.action {
-            Action::Quantize { layout, .. } => Some(layout),
-            _ => None,
-        });
-        let first = layouts.next()?;
-        let uniform = layouts.all(|layout| layout.format == first.format);
-        let theirs = first.format == Format::Int8 || owner(first.format) == Some("bitsandbytes");
-        // The class default; a faster one is chosen where the bytes need not be theirs.
-        let compute = match options.reference {
-            Reference::BitsandbytesCpu => Dtype::F32,
-            Reference::Exact => compute.unwrap_or(Dtype::F32),
-        };
-        let mut entry = Quantization {
-            format: first.format,
-            blocksize: first.blocksize,
-            nested: first.nested,
-            compute_dtype: compute,
-            skip: options.skip.as_deref(),
-            overrides: &options.overrides,
-        };
-        if uniform && theirs {
-            let skip = skip_modules(plan, options, tied);
-            entry.skip = skip.as_deref();
-            return Some(Self { value: entry.bitsandbytes(), method: "bitsandbytes" });
-        }
-        entry.format = options.format;
-        entry.blocksize = options.blocksize.unwrap_or(options.format.spec().default_blocksize);
-        entry.nested = options.nested;
-        Some(Self { value: entry.nybble(), method: "nybble" })
-    }
-}
-
-/// The modules that transformers must leave alone when it loads the result; `None`: those that
-/// it leaves alone anyway.
-fn skip_modules(plan: &Plan, options: &Options, tied: bool) -> Option<Vec<String>> {
-    let left_out = |kind: LeftOut| {
-        plan.items()
-            .filter(move |item| item.left_out == Some(kind))
-            .map(|item| module_of(&item.info.name).to_owned())
-    };
-    let is_plain = |text: &String| !text.starts_with("re:") && !text.contains(['*', '?']);
-    let plain = options.skip.as_ref().filter(|skip| skip.iter().all(is_plain));
-    let by_rule = |item: &&Item| item.left_out == Some(LeftOut::Named);
-    let covered = plain.is_some() && options.overrides.is_empty();
-    let mut skip: Vec<String> = match plain {
-        Some(skip) if covered => skip.clone(),
-        _ if plan.items().filter(by_rule).count() == 0 && options.skip.is_none() => return None,
-        _ => left_out(LeftOut::Named).collect(),
-    };
-    // A list replaces transformers' own, so what that had must be in it.
-    for head in left_out(LeftOut::ByDefault) {
-        let last = head.rsplit_once('.').map_or(head.as_str(), |(_, last)| last);
-        skip.push(last.to_owned());
-    }
-    let exact = options.reference == Reference::BitsandbytesCpu;
-    if tied && !exact && !skip.iter().any(|name| "lm_head".ends_with(name.as_str())) {
-        skip.push("lm_head".to_owned());
-    }
-    skip.dedup();
-    Some(skip)
-}
-
-/// Everything that a run needs beside its plan.
-struct Job<'a> {
-    source: &'a Source,
-    checkpoint: Option<&'a Checkpoint>,
-    config: Option<Config>,
-    how: Quantizer,
-    run: Run,
-}
-
-impl Job<'_> {
-    fn run(
-        &self,
-        target: &Path,
-        plan: Plan,
-        mut report: Report,
-        progress: &mut Progress<'_>,
-    ) -> Result<Report> {
-        let threads = self.run.threads.unwrap_or_else(threads::default_threads).max(1);
-        report.memory_bytes = budget::peak(plan.items(), threads, self.run.max_memory)?;
-        report.files = plan.shards.iter().map(|shard| shard.name.clone()).collect();
-        report.warnings.clone_from(&plan.warnings);
-        report.dry_run = self.run.dry_run;
-        if self.run.dry_run {
-            report.tensors = plan.items().map(Row::new).collect();
-            report.add_up();
-            return Ok(report);
-        }
-
-        let destination = Destination::create(self.source.path(), target, self.run.overwrite)?;
-        let sidecars = if destination.is_file() || !self.source.path().is_dir() {
-            Sidecars::default()
-        } else {
-            Sidecars::of(self.source.path())?
-        };
-        for path in &sidecars.too_large {
-            report.warnings.push(format!("{} is too large to be copied along", path.display()));
-        }
-        if destination.is_file() && plan.shards.len() > 1 {
-            return Err(Error::Argument {
-                what: "destination",
-                got: text(target),
-                expected: "the source has several files, so it must be a directory".to_owned(),
-            });
-        }
-        let mut needed = sidecars.bytes();
-        for shard in &plan.shards {
-            let outputs: Vec<_> = shard.items.iter().flat_map(Item::outputs).collect();
-            needed += file_bytes(&destination.work().join(&shard.name), &outputs)?;
-        }
-        destination.check_space(needed)?;
-
-        let mut stream = Stream {
-            source: self.source,
-            checkpoint: self.checkpoint,
-            cpu: Cpu::new(Some(threads))?,
-            how: self.how,
-            threads,
-            max_memory: self.run.max_memory,
-            done: 0,
-            total: plan.items().map(|item| item.bytes).sum(),
-            progress,
-            raw: Vec::new(),
-        };
-        let mut index = BTreeMap::new();
-        let mut total_size = 0;
-        for shard in &plan.shards {
-            let outputs: Vec<_> = shard.items.iter().flat_map(Item::outputs).collect();
-            index.extend(outputs.iter().map(|output| (output.name.clone(), shard.name.clone())));
-            let mut writer = Writer::create(&destination.work().join(&shard.name), outputs)?;
-            for item in &shard.items {
-                let done = stream.item(item, &mut writer)?;
-                let mut row = Row::new(item);
-                row.shorten(done.shorter);
-                row.stats = done.stats;
-                if done.overflowed > 0 {
-                    report.warnings.push(format!(
-                        "{}: {} values became infinite as {}",
-                        row.name, done.overflowed, row.format
-                    ));
-                }
-                total_size += row.bytes_after;
-                report.tensors.push(row);
-            }
-            writer.finish()?;
-        }
-        for file in self.source.files() {
-            file.check_length()?;
-        }
-        report.add_up();
-        if !destination.is_file() {
-            sidecars.copy_to(destination.work())?;
-            if plan.shards.len() > 1 {
-                let metadata = json!({
-                    "total_parameters": report.totals.parameters,
-                    "total_size": total_size,
-                });
-                let index = json!({ "metadata": metadata, "weight_map": index });
-                let text = serde_json::to_string_pretty(&index)
-                    .map_err(|error| Error::checkpoint(target, error.to_string()))?;
-                destination.write(INDEX, (text + "\n").as_bytes())?;
-            }
-            if let Some(config) = &self.config {
-                destination.write(CONFIG, config.render().as_bytes())?;
-            }
-        }
-        destination.commit()?;
-        Ok(report)
     }
 }

@@ -112,21 +112,19 @@ impl Destination {
         if !self.overwrite {
             return Err(exists(&self.target));
         }
-        match renameat_with(CWD, &self.work, CWD, &self.target, RenameFlags::EXCHANGE) {
-            Ok(()) => Ok(()),
-            Err(_) => {
-                // Not every file system can exchange: move the old one away first.
-                let mut old = self.work.clone().into_os_string();
-                old.push(".old");
-                fs::rename(&self.target, &old).map_err(io)?;
-                if let Err(error) = fs::rename(&self.work, &self.target) {
-                    let _ = fs::rename(&old, &self.target);
-                    return Err(io(error));
-                }
-                let old = PathBuf::from(old);
-                fs::remove_dir_all(&old).map_err(|error| Error::io(&old, error))
-            }
+        if renameat_with(CWD, &self.work, CWD, &self.target, RenameFlags::EXCHANGE).is_ok() {
+            return Ok(());
         }
+        // Not every file system can exchange: move the old one away first.
+        let mut old = self.work.clone().into_os_string();
+        old.push(".old");
+        fs::rename(&self.target, &old).map_err(io)?;
+        if let Err(error) = fs::rename(&self.work, &self.target) {
+            let _ = fs::rename(&old, &self.target);
+            return Err(io(error));
+        }
+        let old = PathBuf::from(old);
+        fs::remove_dir_all(&old).map_err(|error| Error::io(&old, error))
     }
 }
 

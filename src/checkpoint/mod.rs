@@ -13,6 +13,8 @@ mod budget;
 pub mod config;
 pub mod convert;
 mod destination;
+mod entry;
+mod job;
 mod json;
 pub mod names;
 pub mod open;
