@@ -28,6 +28,7 @@
 //! ```
 
 pub mod backend;
+pub mod checkpoint;
 pub mod dtype;
 pub mod error;
 pub mod format;

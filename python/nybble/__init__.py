@@ -21,6 +21,7 @@ from nybble.errors import (
 
 if TYPE_CHECKING:
     from nybble import nn
+    from nybble.checkpoint import Report, dequantize_checkpoint, quantize_checkpoint
     from nybble.functional import (
         ErrorStats,
         dequantize,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from nybble.qtensor import QTensor
 
 _HOMES = {
+    "nybble.checkpoint": ("Report", "dequantize_checkpoint", "quantize_checkpoint"),
     "nybble.functional": (
         "ErrorStats",
         "dequantize",
@@ -60,8 +62,10 @@ __all__ = [
     "FormatError",
     "OutOfMemoryError",
     "QTensor",
+    "Report",
     "__version__",
     "dequantize",
+    "dequantize_checkpoint",
     "dequantize_model",
     "error",
     "formats",
@@ -69,6 +73,7 @@ __all__ = [
     "nn",
     "pack",
     "quantize",
+    "quantize_checkpoint",
     "quantize_model",
     "unpack",
 ]

@@ -1,6 +1,6 @@
 """Types of the Rust extension; `stubtest` compares them with it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypedDict, final
 
 # (address, number of elements, dtype name)
@@ -56,3 +56,34 @@ class Rules:
     def __new__(cls, skip: Sequence[str], overrides: Mapping[str, str]) -> Rules: ...
     def decide(self, name: str) -> str | None: ...
     def unused(self) -> list[str]: ...
+
+def quantize_checkpoint(
+    source: str,
+    destination: str,
+    format: str,
+    *,
+    nested: bool = False,
+    blocksize: int | None = None,
+    skip: Sequence[str] | None = None,
+    overrides: dict[str, str] | None = None,
+    max_memory: int | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    on_progress: Callable[[int, int, str], object] | None = None,
+    reference: str = "exact",
+    nonfinite: str = "error",
+    dtype: str | None = None,
+    experts: bool = False,
+) -> str: ...
+def dequantize_checkpoint(
+    source: str,
+    destination: str,
+    dtype: str | None = None,
+    *,
+    max_memory: int | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    on_progress: Callable[[int, int, str], object] | None = None,
+) -> str: ...

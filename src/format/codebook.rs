@@ -239,7 +239,9 @@ mod tests {
 
     fn hash(values: &[f32]) -> String {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        Sha256::digest(bytes).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+        let digest = Sha256::digest(bytes);
+        let start = digest.first_chunk().map_or(0, |start| u64::from_be_bytes(*start));
+        format!("{start:016x}")
     }
 
     #[test]

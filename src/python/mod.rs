@@ -4,6 +4,7 @@
 // PyO3 hands arguments over by value.
 #![allow(clippy::needless_pass_by_value)]
 
+mod convert;
 mod error;
 mod memory;
 mod ops;
@@ -13,6 +14,8 @@ use pyo3::prelude::*;
 /// Rust core of nybble. Private: use the package `nybble`.
 #[pymodule(gil_used = false)]
 mod _core {
+    #[pymodule_export]
+    use super::convert::{Rules, dequantize_checkpoint, quantize_checkpoint};
     #[pymodule_export]
     use super::ops::{
         cpu, default_threads, dequantize, dequantize_rows, error_stats, formats, layout,

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 /// | absmax so small that 1/absmax overflows | divided by absmax | multiplied by 1e38 |
 /// | nested scale codes | nearest value, ties down | a table of 65,536 steps |
 /// | nested block of equal scales | the code of 0.0 | code 0 |
-/// | int8 | rounded from the given dtype | cast to fp16 first |
+/// | int8 | rounded from the given dtype | cast to fp16 first; 1/absmax is rounded before it is times 127 |
 ///
 /// Everything else is equal, so nf4 and fp4 files nearly always agree to the last byte.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -62,7 +62,7 @@ pub fn decode(code: u8, nested_absmax: f32, offset: f32) -> f32 {
 const TABLE_STEPS: f32 = 65_535.0;
 
 /// bitsandbytes' CPU code finds 8-bit codes through 65,536 steps between -1 and 1
-/// (csrc/cpu_ops.cpp at 95f9af3): the code of step i is the number of midpoints below it.
+/// (`csrc/cpu_ops.cpp` at 95f9af3): the code of step i is the number of midpoints below it.
 static TABLE: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let (values, midpoints) = (&DYNAMIC.values, DYNAMIC.values.windows(2));
     let midpoints: Vec<f32> = midpoints.map(|pair| 0.5 * (pair[0] + pair[1])).collect();

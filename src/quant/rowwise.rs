@@ -17,7 +17,20 @@ pub const INVERSE_QMAX: f32 = 7.874_015_718_698_502e-3_f64 as f32;
 #[inline(always)]
 pub fn quantize_row<T: Element>(x: &[T], codes: &mut [i8]) -> f32 {
     let absmax = absmax(x);
-    let factor = row_factor(absmax);
+    quantize_row_by(x, absmax, row_factor(absmax), codes)
+}
+
+/// Quantizes one row as bitsandbytes does on a CPU: from fp16, and with the factor that torch
+/// makes of `127.0 / absmax`, which is 1/absmax times 127, rounded twice.
+pub fn quantize_row_like_bitsandbytes<T: Element>(x: &[T], codes: &mut [i8]) -> f32 {
+    let x = through_f16(x);
+    let absmax = absmax(&x);
+    let factor = if absmax == 0.0 { 0.0 } else { absmax.recip() * QMAX };
+    quantize_row_by(&x, absmax, factor, codes)
+}
+
+#[inline(always)]
+fn quantize_row_by<T: Element>(x: &[T], absmax: f32, factor: f32, codes: &mut [i8]) -> f32 {
     for (code, x) in codes.iter_mut().zip(x) {
         *code = row_code(x.to_f32(), absmax, factor);
     }
@@ -78,6 +91,15 @@ mod tests {
     #[test]
     fn halves_go_to_the_even_code() {
         assert_eq!(codes(&[127.0, 0.5, 1.5, 2.5, -2.5]), (vec![127, 0, 2, 2, -2], 127.0));
+    }
+
+    #[test]
+    fn torch_rounds_the_factor_twice() {
+        let x = [0.065_917_97, 0.131_835_94].map(half::f16::from_f32);
+        let (mut exact, mut like) = ([0; 2], [0; 2]);
+        quantize_row(&x, &mut exact);
+        quantize_row_like_bitsandbytes(&x, &mut like);
+        assert_eq!((exact, like), ([64, 127], [63, 127]));
     }
 
     #[test]

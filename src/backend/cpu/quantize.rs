@@ -294,9 +294,7 @@ fn encode<T: Lanes>(
             for ((x, codes), scale) in x.chunks(block).zip(codes.chunks_mut(block)).zip(scales) {
                 *scale = match reference {
                     Reference::Exact => (kernels.quantize_row)(x, codes),
-                    Reference::BitsandbytesCpu => {
-                        rowwise::quantize_row(&rowwise::through_f16(x), codes)
-                    }
+                    Reference::BitsandbytesCpu => rowwise::quantize_row_like_bitsandbytes(x, codes),
                 };
                 finite &= scale.is_finite();
             }

@@ -1,0 +1,36 @@
+"""Checkpoint files: quantize, dequantize, open, verify.
+
+Names are loaded when they are first used: converting files needs no torch, opening them does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nybble.checkpoint.convert import dequantize_checkpoint, quantize_checkpoint
+    from nybble.checkpoint.report import Report, TensorReport, TensorStats
+
+_HOMES = {
+    "nybble.checkpoint.convert": ("dequantize_checkpoint", "quantize_checkpoint"),
+    "nybble.checkpoint.report": ("Report", "TensorReport", "TensorStats"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Report",
+    "TensorReport",
+    "TensorStats",
+    "dequantize_checkpoint",
+    "quantize_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'nybble.checkpoint' has no attribute '{name}'")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
