@@ -122,9 +122,10 @@ def _int8(tensors: Mapping[str, torch.Tensor], name: str, module: str) -> dict[s
         )
     if packed.dtype != torch.int8 or packed.dim() == 0:
         raise CheckpointError(f"'{name}' should be int8 with rows, found {packed.dtype}")
-    if absmax.dtype != torch.float32 or absmax.numel() != packed[..., 0].numel():
+    rows = packed.shape[:-1].numel()
+    if absmax.dtype != torch.float32 or absmax.numel() != rows:
         raise CheckpointError(
-            f"'{module}SCB' should be {packed[..., 0].numel()} float32 values, found"
+            f"'{module}SCB' should be {rows} float32 values, found"
             f" {absmax.numel()} of {absmax.dtype}"
         )
     return {
