@@ -4,9 +4,9 @@
 //! cargo bench --bench blockwise -- nf4
 //! ```
 //!
-//! Every group has a row `memcpy` that copies as many bytes as the others read and write
-//! together, halved: the time that no kernel without arithmetic could beat by much. A ratio to it
-//! means the same on every machine. `NYBBLE_CPU` chooses the instruction set.
+//! Every group has a row `memcpy` that reads and writes as many bytes as the others do together.
+//! A ratio to it says more than a time: both see the same memory in the same minute.
+//! `NYBBLE_CPU` chooses the instruction set.
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;

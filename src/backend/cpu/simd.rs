@@ -185,7 +185,9 @@ pub fn quantize8<S: Simd, T: Lanes>(
             let node = simd.child(node, x, simd.lower(tree, node));
             *codes = simd.bytes(simd.last_four(&book.tree, node, x));
             if !sorted {
-                *codes = codes.map(|position| book.order[usize::from(position)]);
+                for code in codes {
+                    *code = book.order[usize::from(*code)];
+                }
             }
         }
         if !rest.is_empty() {
