@@ -4,10 +4,10 @@ CHECK = scripts/check.sh
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo fmt lint wheel test test-rust test-python test-slow bench lock clean
+.PHONY: help venv dev demo fmt lint wheel test test-rust test-python test-slow test-avx512 bench lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: ## make .venv with the locked versions (again: does nothing)
 	@scripts/setup_venv.sh
@@ -39,6 +39,9 @@ test-python: venv ## pytest on the nybble that .venv has
 
 test-slow: dev ## all tests, properties with many more cases
 	@NYBBLE_TEST_PROFILE=thorough PROPTEST_CASES=10000 $(CHECK) rust-tests doctests pytest
+
+test-avx512: ## the kernels' tests on an emulated AVX-512 machine (Debian; builds it once)
+	@scripts/test_avx512.sh
 
 bench: dev ## Rust and Python benchmarks
 	@$(CHECK) bench
