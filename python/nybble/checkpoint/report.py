@@ -135,7 +135,9 @@ class Report:
     def __str__(self) -> str:
         groups: dict[str, list[TensorReport]] = {}
         for row in self.tensors:
-            groups.setdefault(f"{row.format}: {row.kept}" if row.kept else row.format, []).append(row)
+            groups.setdefault(f"{row.format}: {row.kept}" if row.kept else row.format, []).append(
+                row
+            )
         lines = [
             f"{'stored as':48} {'tensors':>7} {'before':>10} {'after':>10} {'SQNR dB':>8}",
         ]

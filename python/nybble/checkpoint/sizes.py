@@ -47,5 +47,9 @@ def format_size(size: int) -> str:
     """Write a size with three digits: `1.23 GB`."""
     for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:
-            return f"{size / factor:.3g} {unit}" if size < 999.5 * factor else f"{size // factor} {unit}"
+            return (
+                f"{size / factor:.3g} {unit}"
+                if size < 999.5 * factor
+                else f"{size // factor} {unit}"
+            )
     return f"{size} B"
