@@ -91,6 +91,14 @@ pub enum Error {
         /// The dtypes it takes.
         allowed: &'static str,
     },
+    /// A row that a table does not have.
+    #[error("row {index} is not in a table of {rows} rows")]
+    Row {
+        /// The index as given.
+        index: i64,
+        /// The rows of the table; indices start at 0.
+        rows: usize,
+    },
     /// A pattern that is no valid regular expression.
     #[error("pattern '{pattern}' is not a valid regular expression: {reason}")]
     Pattern {

@@ -15,6 +15,10 @@ class DtypeError(Error, TypeError):
     """An element type that the operation does not take."""
 
 
+class RowIndexError(Error, IndexError):
+    """A row that a table does not have."""
+
+
 class CheckpointError(Error, ValueError):
     """A checkpoint file that is damaged, odd or hostile; names file, tensor and remedy."""
 

@@ -157,6 +157,19 @@ def _dequantize_fake(
 _TILE = 1 << 19
 
 
+def _check_product(x: Tensor, shape: Sequence[int]) -> None:
+    torch._check(
+        len(shape) == 2, lambda: f"linear needs a weight of rank 2, got shape {list(shape)}"
+    )
+    torch._check(
+        x.dim() > 0 and x.shape[-1] == shape[1],
+        lambda: f"linear: x has shape {list(x.shape)}, the weight takes {shape[1]} features",
+    )
+    torch._check(
+        x.is_floating_point(), lambda: f"linear needs floating point activations, got {x.dtype}"
+    )
+
+
 @torch.library.impl("nybble::linear", "cpu")
 def _linear_cpu(
     x: Tensor,
@@ -170,6 +183,7 @@ def _linear_cpu(
     shape: Sequence[int],
 ) -> Tensor:
     parts = weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
+    _check_product(x, shape)
     out_features, in_features = shape
     flat = x.reshape(-1, in_features)
     bias = None if bias is None else bias.to(x.dtype)
@@ -205,14 +219,7 @@ def _linear_fake(
     blocksize: int,
     shape: Sequence[int],
 ) -> Tensor:
-    torch._check(len(shape) == 2, lambda: f"linear needs a weight of rank 2, got shape {shape}")
-    torch._check(
-        x.dim() > 0 and x.shape[-1] == shape[1],
-        lambda: f"linear: x has shape {tuple(x.shape)}, the weight takes {shape[1]} features",
-    )
-    torch._check(
-        x.is_floating_point(), lambda: f"linear needs floating point activations, got {x.dtype}"
-    )
+    _check_product(x, shape)
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
@@ -292,6 +299,7 @@ def _int8_product(codes: Tensor, weight: Tensor) -> Tensor:
 def _int8_linear_cpu(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
 ) -> Tensor:
+    _check_product(x, packed.shape)
     out_features, in_features = packed.shape
     flat = x.reshape(-1, in_features).contiguous()
     codes = flat.new_empty(flat.shape, dtype=torch.int8)
@@ -316,10 +324,7 @@ torch.library.impl("nybble::int8_linear", "CompositeExplicitAutograd")(reference
 def _int8_linear_fake(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
 ) -> Tensor:
-    torch._check(
-        x.dim() > 0 and x.shape[-1] == packed.shape[1],
-        lambda: f"linear: x has shape {tuple(x.shape)}, the weight {tuple(packed.shape)}",
-    )
+    _check_product(x, packed.shape)
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 

@@ -24,6 +24,10 @@ pub struct Codebook<const N: usize> {
     pub pivots: [f32; N],
     /// The code at each sorted position.
     pub order: [u8; N],
+    /// The pivots as a binary search tree: the root is node 1, the children of node `n` are `2n`
+    /// (not above the pivot) and `2n + 1` (above it). A search that starts at node 1 and steps
+    /// down `log2(N)` times ends at `N` plus the sorted position. Node 0 is not used.
+    pub tree: [f32; N],
 }
 
 impl<const N: usize> Codebook<N> {
@@ -53,7 +57,12 @@ impl<const N: usize> Codebook<N> {
             pivots[i] = if upward { middle.next_down() } else { middle };
             i += 1;
         }
-        Self { values, pivots, order }
+        Self { values, pivots, order, tree: tree(&pivots) }
+    }
+
+    /// Whether the code of a value is its sorted position.
+    pub fn is_sorted(&self) -> bool {
+        self.order.iter().enumerate().all(|(i, code)| i == usize::from(*code))
     }
 
     /// The code of the value nearest to `x`. NaN counts as below everything.
@@ -77,6 +86,18 @@ impl<const N: usize> Codebook<N> {
             .map(|(&a, &b)| self.values[usize::from(b)] - self.values[usize::from(a)])
             .fold(0.0, f32::max)
     }
+}
+
+const fn tree<const N: usize>(pivots: &[f32; N]) -> [f32; N] {
+    let mut tree = [f32::INFINITY; N];
+    let mut node = 1;
+    while node < N {
+        // A level of `width` nodes cuts the pivots into twice as many equal parts.
+        let width = 1 << node.ilog2();
+        tree[node] = pivots[(2 * (node - width) + 1) * N / (2 * width) - 1];
+        node += 1;
+    }
+    tree
 }
 
 /// Strict order on floats in which -0.0 is below +0.0.
@@ -301,6 +322,14 @@ mod tests {
             assert_eq!(E2M1.values[E2M1.encode(-tie) as usize], -want, "-{tie}");
         }
         assert_eq!((E2M1.encode(0.0), E2M1.encode(-0.1)), (0, 8));
+    }
+
+    #[test]
+    fn the_tree_leads_to_the_number_of_pivots_below() {
+        for x in NF4.values.iter().chain(&NF4.pivots).flat_map(|x| [*x, x.next_up()]) {
+            let node = (0..4).fold(1, |node, _| 2 * node + usize::from(x > NF4.tree[node]));
+            assert_eq!(NF4.order[node - 16], NF4.encode(x));
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ pyo3::import_exception!(nybble.errors, CheckpointError);
 pyo3::import_exception!(nybble.errors, DtypeError);
 pyo3::import_exception!(nybble.errors, FormatError);
 pyo3::import_exception!(nybble.errors, OutOfMemoryError);
+pyo3::import_exception!(nybble.errors, RowIndexError);
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
@@ -29,6 +30,7 @@ fn to_exception(error: &Error, message: String) -> PyErr {
         | Error::NonFinite { .. }
         | Error::Pattern { .. }
         | Error::Argument { .. } => FormatError::new_err(message),
+        Error::Row { .. } => RowIndexError::new_err(message),
         Error::Dtype { .. } => DtypeError::new_err(message),
         Error::Checkpoint { .. } => CheckpointError::new_err(message),
         // Python picks the subclass (FileNotFoundError, PermissionError, ...) by the number.

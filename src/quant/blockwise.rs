@@ -139,8 +139,9 @@ pub fn quantize4<T: Element>(
     let bytes = packed.chunks_mut(how.blocksize / 2);
     let mut finite = true;
     for ((x, packed), scale) in x.chunks(how.blocksize).zip(bytes).zip(scales) {
-        *scale = how.scale(absmax(x));
-        finite &= scale.is_finite();
+        let absmax = absmax(x);
+        finite &= absmax.is_finite();
+        *scale = how.scale(absmax);
         encode4(book, how.divisor(*scale), x, packed);
     }
     finite
@@ -159,8 +160,9 @@ pub fn quantize8<T: Element>(
     for ((x, codes), scale) in
         x.chunks(how.blocksize).zip(codes.chunks_mut(how.blocksize)).zip(scales)
     {
-        *scale = how.scale(absmax(x));
-        finite &= scale.is_finite();
+        let absmax = absmax(x);
+        finite &= absmax.is_finite();
+        *scale = how.scale(absmax);
         encode8(book, how.divisor(*scale), x, codes);
     }
     finite
@@ -263,6 +265,13 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             assert!(!nf4(&[1.0, bad, 2.0], HOW).2);
         }
+    }
+
+    #[test]
+    fn nan_and_infinity_are_noticed_behind_a_finite_scale() {
+        let how = Blocks::new(32, Scale::E8M0, Reference::Exact);
+        let bad = [1.0, f32::NEG_INFINITY];
+        assert!(!quantize4(&E2M1, how, &bad, &mut [0], &mut [0.0]));
     }
 
     #[test]

@@ -81,9 +81,7 @@ impl Stats {
         self.absmax_min = self.absmax_min.min(absmax);
         self.absmax_max = self.absmax_max.max(absmax);
         let limit = OUTLIER_FACTOR * (square / original.len().max(1) as f64).sqrt() as f32;
-        if absmax > limit {
-            self.outliers += original.iter().filter(|x| x.abs() > limit).count() as u64;
-        }
+        self.outliers += original.iter().filter(|x| x.abs() > limit).count() as u64;
     }
 
     /// Counts codes, one a byte.

@@ -47,9 +47,9 @@ class QuantizedModule(nn.Module):
                 f" {bits}-bit class"
             )
         self.compute_dtype = compute_dtype
-        self._hold(q)
+        self.hold(q)
 
-    def _hold(self, q: QTensor) -> None:
+    def hold(self, q: QTensor) -> None:
         """Take over the tensors and the description of a quantized weight."""
         self.format = q.format
         self.blocksize = q.blocksize
@@ -89,7 +89,7 @@ class QuantizedModule(nn.Module):
                 f"this module stores a weight of shape {tuple(self.shape)}, got"
                 f" {tuple(weight.shape)}"
             )
-        self._hold(self._quantized_like(weight))
+        self.hold(self._quantized_like(weight))
 
     def _quantized_like(self, weight: torch.Tensor) -> QTensor:
         blocksize = None if self.format == "int8" else self.blocksize
@@ -150,7 +150,7 @@ class QuantizedModule(nn.Module):
                     )
                 if not local_metadata.get("assign_to_params_buffers", False):
                     q = self._on_own_device(q)
-                self._hold(q)
+                self.hold(q)
                 others[name] = self.weight
             except (CheckpointError, FormatError) as error:
                 error_msgs.append(str(error))

@@ -72,6 +72,11 @@ def _embedding(module: nn.Embedding, choice: Choice) -> QuantizedModule:
     return embedding_class(choice.bits).from_embedding(module, **choice.options())
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a dense linear layer that `quantize_model` can replace."""
+    return _replacement(module) is _REPLACEMENTS[nn.Linear]
+
+
 def _replacement(module: nn.Module) -> Replacement | None:
     kind = type(module)
     if kind in _REPLACEMENTS:

@@ -68,11 +68,7 @@ impl Cpu {
         if let Some(row) =
             rows.iter().find(|row| usize::try_from(**row).map_or(true, |r| r >= count))
         {
-            return Err(Error::Argument {
-                what: "row index",
-                got: row.to_string(),
-                expected: format!("rows are 0 to {}", count.saturating_sub(1)),
-            });
+            return Err(Error::Row { index: *row, rows: count });
         }
         let one = Cpu { threads: 1, ..*self };
         self.spread(out.len(), || {

@@ -1,7 +1,7 @@
 //! The kernels of one instruction set, as a table of functions.
 //!
 //! [`Kernels::SCALAR`] is the definition. A specialised table overrides what it has and inherits
-//! the rest, and the tests compare every table in [`Kernels::available`] with the scalar one.
+//! the rest, and the tests compare the table of every [`Isa::available`] with the scalar one.
 
 use std::sync::OnceLock;
 
@@ -11,8 +11,22 @@ use crate::format::codebook::Codebook;
 use crate::quant::blockwise::{self, Blocks};
 use crate::quant::rowwise;
 
+#[cfg(target_arch = "x86_64")]
+use super::{
+    avx2::{self, Avx2, Lanes8},
+    avx512::{self, Avx512, Lanes16},
+};
+
 /// An element type that every instruction set of this build can load and store.
+#[cfg(target_arch = "x86_64")]
+pub trait Lanes: Element + Lanes8 + Lanes16 {}
+#[cfg(target_arch = "x86_64")]
+impl<T: Element + Lanes8 + Lanes16> Lanes for T {}
+
+/// An element type that every instruction set of this build can load and store.
+#[cfg(not(target_arch = "x86_64"))]
 pub trait Lanes: Element {}
+#[cfg(not(target_arch = "x86_64"))]
 impl<T: Element> Lanes for T {}
 
 /// Entry points for one element type; each is documented at its scalar definition.
@@ -50,6 +64,10 @@ impl<T: Lanes> Kernels<T> {
     pub fn of(isa: Isa) -> Self {
         match isa {
             Isa::Scalar => Self::SCALAR,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(proof) => avx2::kernels(proof),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(proof) => avx512::kernels(proof),
         }
     }
 }
@@ -60,18 +78,33 @@ impl<T: Lanes> Kernels<T> {
 pub enum Isa {
     /// Plain Rust.
     Scalar,
+    /// AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    /// AVX-512 F, BW, DQ and VL, beside everything of [`Isa::Avx2`].
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
 }
 
 impl Isa {
     /// What this machine can run, slowest first.
     pub fn available() -> Vec<Isa> {
-        vec![Isa::Scalar]
+        let scalar = [Some(Isa::Scalar)];
+        #[cfg(target_arch = "x86_64")]
+        let vectors = [Avx2::detect().map(Isa::Avx2), Avx512::detect().map(Isa::Avx512)];
+        #[cfg(not(target_arch = "x86_64"))]
+        let vectors = [];
+        scalar.into_iter().chain(vectors).flatten().collect()
     }
 
     /// The name, as `NYBBLE_CPU` takes it.
     pub const fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(_) => "avx512",
         }
     }
 

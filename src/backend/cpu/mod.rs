@@ -3,9 +3,15 @@
 //! Work is cut into runs of whole blocks (or rows); every run is done by one kernel call, so a
 //! result does not depend on the number of threads.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod decode;
 pub mod kernels;
 mod quantize;
+#[cfg(target_arch = "x86_64")]
+mod simd;
 pub mod threads;
 
 pub use kernels::{Isa, Kernels, Lanes};

@@ -1,0 +1,132 @@
+"""The torch ops: registration, gradients, tracing, autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+
+import nybble as nb
+from nybble import reference
+from strategies import NAMES, dtypes, for_format, matrices, seeds, settings_of, tensor
+
+ops = torch.ops.nybble
+
+# torch's own checker looks at `.grad` of tensors that have none.
+leaf_warning = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+
+@leaf_warning
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_ops_are_registered_as_torch_demands(name, nested):
+    if nested and name not in ("nf4", "fp4", "int4"):
+        return
+    w = for_format(torch.randn(24, 40), name)
+    q = nb.quantize(w, name, nested=nested)
+    x = torch.randn(3, 40, requires_grad=True)
+    bias = torch.randn(24, requires_grad=True)
+    ids = torch.tensor([[0, 3], [23, 1]])
+    check = torch.library.opcheck
+    check(ops.quantize.default, (w, name, q.blocksize, nested, "exact", "error"))
+    check(ops.dequantize.default, (*q.parts, *q.how, torch.bfloat16))
+    check(ops.linear.default, (x, *q.parts, bias, *q.how))
+    check(ops.linear.default, (x.detach(), *q.parts, None, *q.how))
+    check(ops.embedding.default, (ids, *q.parts, *q.how, torch.float32))
+    if name == "int8":
+        check(ops.int8_linear.default, (x, q.packed, q.absmax, bias, 2.0))
+
+
+@given(settings_of(), matrices, dtypes, seeds)
+def test_linear_is_dequantize_and_matmul(how, shape, dtype, seed):
+    w = for_format(tensor(shape, dtype, seed), how["format"])
+    q = nb.quantize(w, **how)
+    x, bias = torch.randn(2, 3, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+    got = nb.linear(x, q, bias)
+    want = torch.nn.functional.linear(x, q.dequantize(), bias)
+    assert got.dtype == dtype
+    assert torch.equal(got, want)
+    assert torch.equal(got, reference.linear(x, *q.parts, bias, *q.how))
+
+
+def test_a_large_weight_is_multiplied_in_tiles_with_the_same_result():
+    w = torch.randn(900, 2048)
+    q = nb.quantize(w, "nf4", nested=True)
+    x, bias = torch.randn(5, 2048), torch.randn(900)
+    want = torch.nn.functional.linear(x.double(), q.dequantize().double(), bias.double())
+    torch.testing.assert_close(nb.linear(x, q, bias).double(), want, rtol=1e-5, atol=1e-4)
+
+
+@given(settings_of(), matrices, seeds)
+def test_gradients_are_those_of_the_decoded_weight(how, shape, seed):
+    w = for_format(tensor(shape, torch.float32, seed), how["format"])
+    q = nb.quantize(w, **how)
+    x = torch.randn(3, shape[1], requires_grad=True)
+    bias = torch.randn(shape[0], requires_grad=True)
+    grad = torch.randn(3, shape[0])
+    nb.linear(x, q, bias).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ q.dequantize())
+    torch.testing.assert_close(bias.grad, grad.sum(0))
+
+
+def test_autocast_decides_the_dtype_as_for_torchs_linear():
+    q = nb.quantize(torch.randn(8, 64))
+    x = torch.randn(2, 64, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = nb.linear(x, q)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_linear_has_no_graph_break_and_the_same_values(backend):
+    q = nb.quantize(torch.randn(16, 64), nested=True)
+
+    def run(x):
+        return nb.linear(torch.relu(x), q).sum(-1)
+
+    x = torch.randn(4, 64)
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(x), run(x))
+    a, b = (x.clone().requires_grad_() for _ in range(2))
+    compiled(a).sum().backward()
+    run(b).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_wrong_shapes_are_refused_before_any_kernel():
+    q = nb.quantize(torch.randn(8, 64))
+    with pytest.raises((RuntimeError, ValueError), match=r"63|64"):
+        nb.linear(torch.randn(2, 63), q)
+    with pytest.raises((RuntimeError, ValueError), match="rank 2"):
+        nb.linear(torch.randn(2, 64), nb.quantize(torch.randn(512)))
+    with pytest.raises((RuntimeError, TypeError), match="floating"):
+        nb.linear(torch.ones(2, 64, dtype=torch.int64), q)
+
+
+@given(matrices, seeds)
+def test_int8_activations_are_within_their_rounding(shape, seed):
+    q = nb.quantize(tensor(shape, torch.float32, seed), "int8")
+    x = torch.randn(4, shape[1])
+    got = ops.int8_linear(x, q.packed, q.absmax, None, 0.0)
+    exact = nb.linear(x, q)
+    # Each activation moves by at most half a step, absmax / 254.
+    step = x.abs().amax(1, keepdim=True) / 254
+    bound = step * q.dequantize().abs().sum(1) * 1.001 + 1e-6
+    assert bool(((got - exact).abs() <= bound).all())
+    torch.testing.assert_close(
+        got, reference.int8_linear(x, q.packed, q.absmax, None, 0.0), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_outlier_columns_are_multiplied_in_full_precision():
+    q = nb.quantize(torch.randn(32, 64), "int8")
+    x = torch.randn(20, 64)
+    x[3, 5] = 90.0
+    exact = nb.linear(x, q)
+    coarse = (ops.int8_linear(x, q.packed, q.absmax, None, 0.0) - exact).abs().max()
+    fine = (ops.int8_linear(x, q.packed, q.absmax, None, 6.0) - exact).abs().max()
+    assert fine < coarse / 5
