@@ -21,7 +21,13 @@ from nybble.errors import (
 
 if TYPE_CHECKING:
     from nybble import nn
-    from nybble.checkpoint import Report, dequantize_checkpoint, quantize_checkpoint
+    from nybble.checkpoint import (
+        Checkpoint,
+        Report,
+        dequantize_checkpoint,
+        open_checkpoint,
+        quantize_checkpoint,
+    )
     from nybble.functional import (
         ErrorStats,
         dequantize,
@@ -36,7 +42,13 @@ if TYPE_CHECKING:
     from nybble.qtensor import QTensor
 
 _HOMES = {
-    "nybble.checkpoint": ("Report", "dequantize_checkpoint", "quantize_checkpoint"),
+    "nybble.checkpoint": (
+        "Checkpoint",
+        "Report",
+        "dequantize_checkpoint",
+        "open_checkpoint",
+        "quantize_checkpoint",
+    ),
     "nybble.functional": (
         "ErrorStats",
         "dequantize",
@@ -53,6 +65,7 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Checkpoint",
     "CheckpointError",
     "Coverage",
     "DeviceError",
@@ -71,6 +84,7 @@ __all__ = [
     "formats",
     "linear",
     "nn",
+    "open_checkpoint",
     "pack",
     "quantize",
     "quantize_checkpoint",

@@ -1,7 +1,9 @@
 """Types of the Rust extension; `stubtest` compares them with it."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, TypedDict, final
+from pathlib import Path
+from typing import Any, Final, TypedDict, final
 
 # (address, number of elements, dtype name)
 _Memory = tuple[int, int, str]
@@ -87,3 +89,25 @@ def dequantize_checkpoint(
     dry_run: bool = False,
     on_progress: Callable[[int, int, str], object] | None = None,
 ) -> str: ...
+
+class Counts(TypedDict):
+    tensors: int
+    elements: int
+    bytes: int
+    bits_per_weight: float
+
+class SummaryRows(TypedDict):
+    total: Counts
+    quantized: Counts
+    formats: dict[str, Counts]
+
+@final
+class Checkpoint:
+    def __new__(cls, path: str | os.PathLike[str], repair: bool = False) -> Checkpoint: ...
+    @property
+    def path(self) -> Path: ...
+    def keys(self) -> list[str]: ...
+    def entry(self, name: str) -> dict[str, Any]: ...
+    def read_into(self, name: str, part: str, out: _Memory, first: int = 0) -> None: ...
+    def summary(self) -> SummaryRows: ...
+    def verify(self) -> list[tuple[Path, str | None, str, str]]: ...

@@ -36,12 +36,11 @@ impl Destination {
     /// A path that ends in `.safetensors` is one file, any other a directory. What exists is
     /// replaced only with `overwrite`, and only what looks like a model.
     pub fn create(source: &Path, target: &Path, overwrite: bool) -> Result<Self> {
-        let is_file = target.extension() == Some(OsStr::new(EXTENSION));
+        let is_file = is_file(target);
         let (parent, name) = split(target)?;
         fs::create_dir_all(&parent).map_err(|error| Error::io(&parent, error))?;
-        let parent = fs::canonicalize(&parent).map_err(|error| Error::io(&parent, error))?;
-        let target = parent.join(&name);
-        apart(source, &target, is_file)?;
+        let target = Self::check(source, target)?;
+        let parent = target.parent().unwrap_or(&parent).to_owned();
         replaceable(&target, overwrite, is_file)?;
 
         let work = partial(&parent, &name, &std::process::id().to_string());
@@ -53,14 +52,19 @@ impl Destination {
         Ok(Self { target, parent, work, overwrite, is_file, _lock: lock })
     }
 
+    /// Checks that source and destination are apart, without making anything; returns the whole
+    /// path of the destination, as far as it exists.
+    pub fn check(source: &Path, target: &Path) -> Result<PathBuf> {
+        let (parent, name) = split(target)?;
+        let parent = fs::canonicalize(&parent).unwrap_or(parent);
+        let target = parent.join(name);
+        apart(source, &target, is_file(&target))?;
+        Ok(target)
+    }
+
     /// Where to write.
     pub fn work(&self) -> &Path {
         &self.work
-    }
-
-    /// Whether the result is one file, without what usually lies beside it.
-    pub const fn is_file(&self) -> bool {
-        self.is_file
     }
 
     /// Fails where the disk has not enough room.
@@ -133,6 +137,11 @@ impl Drop for Destination {
         // After a commit this is the old directory, or nothing.
         let _ = fs::remove_dir_all(&self.work);
     }
+}
+
+/// Whether a destination is one file.
+pub fn is_file(target: &Path) -> bool {
+    target.extension() == Some(OsStr::new(EXTENSION))
 }
 
 /// The parent and the last component of a path.

@@ -9,7 +9,7 @@ use crate::backend::cpu::{Cpu, Quantizer, threads};
 use crate::checkpoint::budget;
 use crate::checkpoint::config::Config;
 use crate::checkpoint::convert::Run;
-use crate::checkpoint::destination::Destination;
+use crate::checkpoint::destination::{Destination, is_file};
 use crate::checkpoint::open::Checkpoint;
 use crate::checkpoint::plan::{Item, Plan};
 use crate::checkpoint::report::{Report, Row, text};
@@ -47,20 +47,21 @@ impl Job<'_> {
         report.files = plan.shards.iter().map(|shard| shard.name.clone()).collect();
         report.warnings.extend_from_slice(&plan.warnings);
         report.dry_run = self.run.dry_run;
-        if self.run.dry_run {
-            report.tensors = plan.items().map(Row::new).collect();
-            report.add_up();
-            return Ok(report);
-        }
-        let destination = Destination::create(self.source.path(), target, self.run.overwrite)?;
-        if destination.is_file() && plan.shards.len() > 1 {
+        Destination::check(self.source.path(), target)?;
+        if is_file(target) && plan.shards.len() > 1 {
             return Err(Error::Argument {
                 what: "destination",
                 got: text(target),
                 expected: "the source has several files, so it must be a directory".to_owned(),
             });
         }
-        let sidecars = if destination.is_file() || !self.source.path().is_dir() {
+        if self.run.dry_run {
+            report.tensors = plan.items().map(Row::new).collect();
+            report.add_up();
+            return Ok(report);
+        }
+        let destination = Destination::create(self.source.path(), target, self.run.overwrite)?;
+        let sidecars = if is_file(target) || !self.source.path().is_dir() {
             Sidecars::default()
         } else {
             Sidecars::of(self.source.path())?
@@ -86,7 +87,7 @@ impl Job<'_> {
             file.check_length()?;
         }
         report.add_up();
-        if !destination.is_file() {
+        if !is_file(target) {
             sidecars.copy_to(destination.work())?;
             if plan.shards.len() > 1 {
                 destination.write(INDEX, index(plan, &report)?.as_bytes())?;

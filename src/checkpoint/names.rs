@@ -34,6 +34,8 @@ pub enum Role {
 pub struct Names<'a> {
     conv1d: bool,
     precise: Vec<&'static str>,
+    float32: Vec<&'static str>,
+    has_own_layers: bool,
     attention_in: HashSet<&'a str>,
     biased: HashSet<&'a str>,
 }
@@ -51,6 +53,16 @@ const PRECISE: &[(&str, &[&str])] = &[
     ("qformer", &["blip-2"]),
     ("indexer.weights_proj", &[]),
 ];
+
+/// Ends of tensors that transformers keeps in float32 whatever the model's type is
+/// (`_keep_in_fp32_modules_strict`), and the model types that have them; no types: any.
+const FLOAT32: &[(&str, &[&str])] = &[
+    (".e_score_correction_bias", &[]),
+    (".gate.weight", &["ernie4_5_moe", "ernie4_5_vl_moe", "flint", "beam", "mistral_large4"]),
+];
+
+/// Model types whose layers are classes of their own, which bitsandbytes does not replace.
+const OWN_LAYERS: &[&str] = &["falcon", "ibert"];
 
 /// Last components of linear layers that make logits.
 const HEADS: &[&str] = &["lm_head", "embed_out", "output_projection", "score"];
@@ -107,6 +119,11 @@ impl<'a> Names<'a> {
         let is_one_of = |table: &[&str]| {
             types.as_ref().map(|types| types.iter().any(|name| table.contains(name)))
         };
+        let of_model = |table: &[(&'static str, &[&str])]| {
+            let applies = |types: &[&str]| types.is_empty() || is_one_of(types).unwrap_or(false);
+            let rows = table.iter().filter(|(_, types)| applies(types));
+            rows.map(|(name, _)| *name).collect()
+        };
         let (mut attention_in, mut biased, mut wide) = (HashSet::new(), HashSet::new(), false);
         for info in tensors {
             if let Some(parent) = info.name.strip_suffix(".in_proj_weight") {
@@ -121,11 +138,9 @@ impl<'a> Names<'a> {
         }
         Self {
             conv1d: is_one_of(CONV1D_MODELS).unwrap_or(wide),
-            precise: PRECISE
-                .iter()
-                .filter(|(_, types)| types.is_empty() || is_one_of(types).unwrap_or(false))
-                .map(|(name, _)| *name)
-                .collect(),
+            precise: of_model(PRECISE),
+            float32: of_model(FLOAT32),
+            has_own_layers: is_one_of(OWN_LAYERS).unwrap_or(false),
             attention_in,
             biased,
         }
@@ -180,6 +195,16 @@ impl<'a> Names<'a> {
             || WHOLE_HEADS.contains(&module)
             || HEAD_ENDS.iter().any(|end| module.ends_with(end))
             || (last == "classifier" && !module.contains("router") && !self.biased.contains(module))
+    }
+
+    /// Whether a tensor is float32 even in a model that is cast to less.
+    pub fn is_float32(&self, tensor: &str) -> bool {
+        self.float32.iter().any(|end| tensor.ends_with(end))
+    }
+
+    /// Whether transformers cannot load this model with quantized layers.
+    pub const fn has_own_layers(&self) -> bool {
+        self.has_own_layers
     }
 
     /// Whether the weight of a module is stored as `[in, out]`.
@@ -347,6 +372,15 @@ mod tests {
         assert!(!transposed(Some(r#"{"model_type":"gpt_bigcode"}"#), &[]));
         assert!(transposed(None, &[info("h.0.attn.c_attn.weight", &[8, 24])]));
         assert!(!transposed(None, &[info("h.0.attn.c_attn.weight", &[24, 8])]));
+    }
+
+    #[test]
+    fn the_bias_of_a_router_stays_float32() {
+        let config = serde_json::json!({ "model_type": "flint" });
+        let names = Names::new(Some(&config), []);
+        assert!(names.is_float32("model.layers.1.mlp.gate.e_score_correction_bias"));
+        assert!(names.is_float32("model.layers.1.mlp.gate.weight"));
+        assert!(!Names::new(None, []).is_float32("model.layers.1.mlp.gate.weight"));
     }
 
     #[test]

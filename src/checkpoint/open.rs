@@ -6,6 +6,7 @@ use ::safetensors::Dtype as FileDtype;
 use serde_json::Value;
 
 use crate::checkpoint::bitsandbytes::Groups;
+use crate::checkpoint::problem::Problem;
 use crate::checkpoint::shard::{CONFIG, Source};
 use crate::checkpoint::stored::{Damage, Stored};
 use crate::dtype::Dtype;
@@ -90,17 +91,22 @@ impl Checkpoint {
 
     /// What a parameter is; reads and checks what describes it, not the weights.
     pub fn entry(&self, name: &str) -> Result<Entry> {
-        let companions = self.groups.get(name).ok_or_else(|| self.unknown(name))?;
-        if companions.is_empty() {
-            let (_, info) = self.source.find(name).ok_or_else(|| self.unknown(name))?;
+        Ok(self.describe(name)?)
+    }
+
+    /// As [`Checkpoint::entry`], with the remedy apart.
+    pub(crate) fn describe(&self, name: &str) -> Result<Entry, Problem> {
+        let source = &self.source;
+        let Some(companions) = self.groups.get(name) else {
+            let problem = "there is no such parameter".to_owned();
+            return Err(Problem::tensor(source.path(), name, problem, "list the names"));
+        };
+        if let ([], Some((_, info))) = (companions, source.find(name)) {
             let (dtype, shape) = (info.dtype, info.shape.clone());
             return Ok(Entry::Dense { dtype, shape, bytes: info.bytes });
         }
-        Ok(Entry::Quantized(Stored::read(&self.source, name, companions, self.dtype, self.damage)?))
-    }
-
-    fn unknown(&self, name: &str) -> Error {
-        Error::tensor(self.source.path(), name, "there is no such parameter")
+        let stored = Stored::read(source, name, companions, self.dtype, self.damage)?;
+        Ok(Entry::Quantized(stored))
     }
 
     /// Fills `out` with bytes of one buffer, from byte `first` on. Scales that lie otherwise in a

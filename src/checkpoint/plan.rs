@@ -167,6 +167,12 @@ impl Plan {
             })
             .collect::<Result<Vec<_>>>()?;
         let mut warnings = Vec::new();
+        if names.has_own_layers() {
+            warnings.push(
+                "transformers has layers of its own for this model and cannot load them quantized"
+                    .to_owned(),
+            );
+        }
         let stray = source.stray().len();
         if stray > 0 {
             warnings.push(format!("{stray} tensors are in no index and are left out"));
@@ -192,7 +198,8 @@ fn decide(info: &TensorInfo, names: &Names<'_>, choice: &Choice<'_>) -> Result<V
     let module = module_of(&info.name);
     let role = names.role(info);
     let keep = |dtype, reason: String, left_out| Ok((cast(info, dtype), Some(reason), left_out));
-    let default = choice.dtype;
+    let is_float32 = names.is_float32(&info.name);
+    let default = choice.dtype.map(|dtype| if is_float32 { Dtype::F32 } else { dtype });
     let (format, pattern) = match choice.rules.decide(module) {
         Decision::Format(format, pattern) => (format, Some(pattern)),
         Decision::Skip(pattern) if !matches!(role, Role::Other(_) | Role::KeepPrecise(_)) => {

@@ -2,7 +2,7 @@
 //!
 //! The `safetensors` crate checks that tensors tile the data without hole or overlap and that
 //! shape, dtype and range agree. It accepts some files that it should not: duplicate names (the
-//! last one wins), shapes of any rank, sizes above `i64`; these are refused here. Nothing is
+//! last one wins), shapes of any rank, sizes above `i64`, unknown fields; these are refused here. Nothing is
 //! mapped into memory: a file that someone truncates while it is read gives an error, where a
 //! mapping would give SIGBUS.
 
@@ -13,8 +13,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use ::safetensors::Dtype;
-use ::safetensors::tensor::{Metadata, TensorInfo as RawInfo};
-use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
+use ::safetensors::tensor::{self, Metadata};
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::checkpoint::json::open_regular;
 use crate::error::{Error, Result};
@@ -84,7 +85,11 @@ impl Header {
             }
             tensors.push(info);
         }
-        let metadata = Metadata::new(None, entries.tensors)
+        let infos =
+            entries.tensors.into_iter().map(|(name, RawInfo { dtype, shape, data_offsets })| {
+                (name, tensor::TensorInfo { dtype, shape, data_offsets })
+            });
+        let metadata = Metadata::new(None, infos.collect())
             .map_err(|error| damaged(format!("the header is not valid: {error}")))?;
 
         let expected = (metadata.data_len() as u64).checked_add(data_start);
@@ -128,16 +133,12 @@ fn check(name: &str, raw: &RawInfo, data_start: u64) -> Result<TensorInfo, Strin
     if raw.shape.len() > MAX_RANK {
         return Err(format!("{} dimensions, at most {MAX_RANK} are possible", raw.shape.len()));
     }
-    if let Some(extent) = raw.shape.iter().find(|extent| i64::try_from(**extent).is_err()) {
-        return Err(format!("a dimension of {extent} is more than an index can count"));
+    if !is_countable(&raw.shape, raw.dtype.bitsize()) {
+        return Err(format!("shape {:?} is more than an index can count", raw.shape));
     }
     let (begin, end) = raw.data_offsets;
-    let bits = raw
-        .shape
-        .iter()
-        .try_fold(1usize, |product, extent| product.checked_mul(*extent))
-        .and_then(|elements| elements.checked_mul(raw.dtype.bitsize()))
-        .ok_or_else(|| format!("shape {:?} has more elements than can be counted", raw.shape))?;
+    // Cannot overflow: even without its zeros the product is within bounds.
+    let bits = raw.shape.iter().fold(raw.dtype.bitsize(), |bits, n| bits.saturating_mul(*n));
     if end.checked_sub(begin) != Some(bits / 8) || bits % 8 != 0 {
         return Err(format!(
             "data from {begin} to {end} do not fit {} of shape {:?}",
@@ -155,6 +156,24 @@ fn check(name: &str, raw: &RawInfo, data_start: u64) -> Result<TensorInfo, Strin
         offset,
         bytes: bits as u64 / 8,
     })
+}
+
+/// Whether strides and bytes of a tensor of this shape fit in an `isize`. Zeros count as ones:
+/// torch multiplies the other extents even where the product is nothing.
+pub(crate) fn is_countable(shape: &[usize], bits: usize) -> bool {
+    shape
+        .iter()
+        .try_fold(bits, |product, extent| product.checked_mul((*extent).max(1)))
+        .is_some_and(|bits| isize::try_from(bits).is_ok())
+}
+
+/// A tensor as the header describes it. Other fields are refused: nobody knows what they mean.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawInfo {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data_offsets: (usize, usize),
 }
 
 /// The header as it is written, duplicates included.
@@ -210,14 +229,17 @@ impl TensorFile {
             return Err(Error::checkpoint(path, problem));
         }
         read_at(path, &file, 0, &mut length)?;
-        if let Some(problem) = known_magic(&length) {
-            return Err(Error::checkpoint(path, problem));
-        }
+        let start = length;
         let length = u64::from_le_bytes(length);
         if length > MAX_HEADER || length > file_bytes - LENGTH_WORD {
-            let problem = format!(
-                "not a safetensors file, or damaged: a header of {length} bytes in a file of \
-                 {file_bytes} (at most {MAX_HEADER} are allowed)"
+            let problem = known_magic(&start).map_or_else(
+                || {
+                    format!(
+                        "not a safetensors file, or damaged: a header of {length} bytes in a file \
+                         of {file_bytes} (at most {MAX_HEADER} are allowed)"
+                    )
+                },
+                str::to_owned,
             );
             return Err(Error::checkpoint(path, problem));
         }
@@ -266,8 +288,8 @@ impl TensorFile {
     }
 }
 
-/// Files that people take for safetensors, told by their first bytes. None of these is a
-/// possible header length: each is over the cap.
+/// Files that people take for safetensors, told by their first bytes once those cannot be the
+/// length of a header (640 is `80 02 00 ...`, which is how a pickle may start).
 fn known_magic(start: &[u8]) -> Option<&'static str> {
     if start.starts_with(b"GGUF") {
         Some("a GGUF file; this version does not read GGUF yet, use the safetensors of the model")
@@ -337,6 +359,19 @@ mod tests {
     }
 
     #[test]
+    fn a_header_length_is_not_taken_for_the_start_of_a_pickle() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.safetensors");
+        let header = format!("{{{:638}}}", "");
+        let bytes = [&640u64.to_le_bytes(), header.as_bytes()].concat();
+        assert!(bytes.starts_with(b"\x80\x02"));
+        std::fs::write(&path, bytes).unwrap();
+        assert!(Header::read(&path).unwrap().tensors().is_empty());
+        std::fs::write(&path, b"\x80\x02}q\0X\x0b\0\0\0").unwrap();
+        assert!(Header::read(&path).unwrap_err().to_string().contains("pickled"));
+    }
+
+    #[test]
     fn odd_names_and_shapes_are_refused() {
         let one = |name: &str, shape: &str| {
             let text =
@@ -347,6 +382,7 @@ mod tests {
         assert!(one("", "[0]").is_err());
         assert!(one("a\\u0000b", "[0]").is_err());
         assert!(one("a", "[0,9223372036854775808]").unwrap_err().contains("9223372036854775808"));
+        assert!(one("a", "[0,4611686018427387904,4]").unwrap_err().contains("shape"));
         assert!(one("a", &format!("[0{}]", ",1".repeat(64))).unwrap_err().contains("65"));
     }
 }

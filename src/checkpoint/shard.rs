@@ -23,6 +23,7 @@ pub const CONFIG: &str = "config.json";
 const EXTENSION: &str = ".safetensors";
 const MAX_INDEX: u64 = 100_000_000;
 pub(crate) const MAX_CONFIG: u64 = 16_000_000;
+const MAX_REF: u64 = 256;
 
 /// All tensors of a model, wherever they lie; headers are read, data are not.
 #[derive(Debug)]
@@ -36,21 +37,25 @@ pub struct Source {
 
 impl Source {
     /// Opens a safetensors file, or a directory that holds [`SINGLE`] or [`INDEX`] with its
-    /// shards. A directory's [`CONFIG`] is read too.
+    /// shards. A directory's [`CONFIG`] is read too. A model's directory in the Hugging Face
+    /// cache stands for its snapshot.
     pub fn open(path: &Path) -> Result<Self> {
         let metadata = fs::metadata(path).map_err(|source| Error::io(path, source))?;
         if !metadata.is_dir() {
             return Self::new(path, vec![TensorFile::open(path)?], None, None);
         }
-        let config = read_config(path)?;
         // `exists` follows links and would hide a broken one.
         let has = |name: &str| fs::symlink_metadata(path.join(name)).is_ok();
+        if !has(SINGLE) && !has(INDEX) {
+            return match snapshot(path) {
+                Some(snapshot) => Self::open(&snapshot),
+                None => Err(Error::checkpoint(path, nothing_to_open(path))),
+            };
+        }
+        let config = read_config(path)?;
         if has(SINGLE) {
             let file = TensorFile::open(&path.join(SINGLE))?;
             return Self::new(path, vec![file], None, config);
-        }
-        if !has(INDEX) {
-            return Err(Error::checkpoint(path, nothing_to_open(path)));
         }
         let index = path.join(INDEX);
         let mut shards = BTreeMap::new();
@@ -104,7 +109,7 @@ impl Source {
         Ok(Self { path: path.to_owned(), files, located, stray, config })
     }
 
-    /// The path that was opened.
+    /// The file or directory that was opened; a snapshot where its cache was asked for.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -176,7 +181,10 @@ pub fn read_config(directory: &Path) -> Result<Option<Value>> {
     match serde_json::from_slice(&text) {
         Ok(config @ Value::Object(_)) => Ok(Some(config)),
         Ok(_) => Err(Error::checkpoint(&path, "not a JSON object")),
-        Err(error) => Err(Error::checkpoint(&path, format!("not JSON: {error}"))),
+        Err(error) => Err(Error::checkpoint(
+            &path,
+            format!("not JSON (which has no NaN or Infinity): {error}"),
+        )),
     }
 }
 
@@ -201,6 +209,27 @@ fn is_plain_file_name(name: &str) -> bool {
         && !name.contains(['/', '\\', ':', '\0'])
         && name.len() > EXTENSION.len()
         && name.ends_with(EXTENSION)
+}
+
+/// The snapshot that a model's directory in the Hugging Face cache stands for: that of `main`, or
+/// the only one.
+fn snapshot(directory: &Path) -> Option<PathBuf> {
+    let snapshots = directory.join("snapshots");
+    let main = read_capped(&directory.join("refs").join("main"), MAX_REF).ok();
+    let main = main.and_then(|text| String::from_utf8(text).ok());
+    if let Some(revision) = main.as_deref().map(str::trim) {
+        let plain = revision.bytes().all(|byte| byte.is_ascii_alphanumeric());
+        let found = snapshots.join(revision);
+        return (plain && !revision.is_empty()).then_some(found).filter(|path| is_snapshot(path));
+    }
+    let mut found = fs::read_dir(snapshots).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+    let only = found.next()?;
+    found.next().is_none().then_some(only).filter(|path| is_snapshot(path))
+}
+
+/// A directory, and not a cache itself, since a link could nest those for ever.
+fn is_snapshot(path: &Path) -> bool {
+    path.is_dir() && !path.join("snapshots").exists()
 }
 
 /// Why a directory cannot be opened, from what lies in it.

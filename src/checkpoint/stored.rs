@@ -8,7 +8,7 @@ use ::safetensors::Dtype as FileDtype;
 use crate::checkpoint::bitsandbytes::{Companion, Named, nested_quant_map, owner, quant_map};
 use crate::checkpoint::problem::{COPY_AGAIN, Problem};
 use crate::checkpoint::quant_state::{self, QuantState};
-use crate::checkpoint::safetensors::TensorInfo;
+use crate::checkpoint::safetensors::{MAX_RANK, TensorInfo, is_countable};
 use crate::checkpoint::shard::Source;
 use crate::dtype::Dtype;
 use crate::format::{Format, Scale};
@@ -164,6 +164,9 @@ impl<'a> Group<'a> {
     fn four_bits(&self, damage: Damage) -> Result<Stored, Problem> {
         let state = self.quant_state()?;
         let QuantState { format, shape, nested, .. } = &state;
+        if shape.len() > MAX_RANK || !is_countable(shape, 32) {
+            return Err(self.wrong(format!("quant_state says shape {shape:?}, which cannot be")));
+        }
         let layout = Layout::new(*format, shape, Some(state.blocksize), nested.is_some())
             .map_err(|error| self.wrong(format!("quant_state: shape or format: {error}")))?;
         if self.info.bytes != layout.packed as u64 {

@@ -1,6 +1,7 @@
 //! Reports over a whole checkpoint: what is in it, and what is wrong with it.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use crate::checkpoint::open::{Checkpoint, Entry, OwnedScales, elements, format_name};
 use crate::checkpoint::problem::{COPY_AGAIN, Problem};
@@ -78,30 +79,29 @@ impl Checkpoint {
             problems.push(Problem::tensor(path, name, problem, "write the index again"));
         }
         for name in self.groups.orphans() {
-            let path = self.source.find(name).map_or(self.source.path(), |(file, _)| file.path());
             let problem = "it belongs to a quantized parameter that is not there".to_owned();
-            problems.push(Problem::tensor(path, name, problem, COPY_AGAIN));
+            problems.push(Problem::tensor(self.file_of(name), name, problem, COPY_AGAIN));
         }
-        for name in self.names() {
-            let path = self.source.find(name).map_or(self.source.path(), |(file, _)| file.path());
-            let checked = self.entry(name).and_then(|entry| match entry {
-                Entry::Quantized(stored) => self.check_scales(&stored),
-                Entry::Dense { .. } => Ok(None),
-            });
-            match checked {
-                Ok(None) => {}
-                Ok(Some(problem)) => {
-                    let remedy = "quantize it again from the original";
-                    problems.push(Problem::tensor(path, name, problem, remedy));
-                }
-                Err(error) => problems.push(Problem::from_error(path, Some(name), error)),
-            }
-        }
+        problems.extend(self.names().filter_map(|name| self.check_parameter(name).err()));
         problems
     }
 
+    fn file_of(&self, name: &str) -> &Path {
+        self.source.find(name).map_or(self.source.path(), |(file, _)| file.path())
+    }
+
+    fn check_parameter(&self, name: &str) -> Result<(), Problem> {
+        let Entry::Quantized(stored) = self.describe(name)? else { return Ok(()) };
+        let path = self.file_of(name);
+        let odd = self
+            .odd_scale(&stored)
+            .map_err(|error| Problem::from_error(path, Some(name), error))?;
+        let remedy = "quantize it again from the original";
+        odd.map_or(Ok(()), |problem| Err(Problem::tensor(path, name, problem, remedy)))
+    }
+
     /// Names the first scale that is not finite.
-    fn check_scales(&self, stored: &Stored) -> Result<Option<String>> {
+    fn odd_scale(&self, stored: &Stored) -> Result<Option<String>> {
         let odd = |values: &[f32]| values.iter().position(|value| !value.is_finite());
         let (what, odd) = match &self.read_scales(stored)? {
             OwnedScales::Plain(scales) => (&stored.absmax, odd(scales)),

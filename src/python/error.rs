@@ -34,7 +34,7 @@ fn to_exception(error: &Error, message: String) -> PyErr {
         Error::Dtype { .. } => DtypeError::new_err(message),
         Error::Checkpoint { .. } => CheckpointError::new_err(message),
         // Python picks the subclass (FileNotFoundError, PermissionError, ...) by the number.
-        Error::Io { path, source } => match source.raw_os_error() {
+        Error::Io { path, source } => match number(source) {
             Some(number) => {
                 let path = path.clone().into_os_string();
                 PyOSError::new_err((number, source.to_string(), path))
@@ -45,4 +45,12 @@ fn to_exception(error: &Error, message: String) -> PyErr {
         Error::Interrupted => PyKeyboardInterrupt::new_err(message),
         Error::InTensor { source, .. } => to_exception(source, message),
     }
+}
+
+/// The number of an error of the system, or of one of ours that Python has a class for.
+fn number(error: &std::io::Error) -> Option<i32> {
+    error.raw_os_error().or(match error.kind() {
+        std::io::ErrorKind::AlreadyExists => Some(rustix::io::Errno::EXIST.raw_os_error()),
+        _ => None,
+    })
 }

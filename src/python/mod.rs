@@ -4,6 +4,7 @@
 // PyO3 hands arguments over by value.
 #![allow(clippy::needless_pass_by_value)]
 
+mod checkpoint;
 mod convert;
 mod error;
 mod memory;
@@ -15,6 +16,7 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
+    use super::checkpoint::Checkpoint;
     use super::convert::{Rules, dequantize_checkpoint, quantize_checkpoint};
     #[pymodule_export]
     use super::ops::{
