@@ -30,7 +30,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     _quantize(verbs)
     _dequantize(verbs)
     _inspect(verbs)
-    _verb(verbs, "demo", "quantize a small model and show what came of it", "nybble.cli.demo:demo")
+    _demo(verbs)
     return parser.parse_args(arguments)
 
 
@@ -123,6 +123,14 @@ def _inspect(verbs: _Verbs) -> None:
     verb = _verb(verbs, "inspect", "show what a checkpoint holds", "nybble.cli.inspect:inspect")
     verb.add_argument("model", help="directory or safetensors file")
     verb.add_argument("--verify", action="store_true", help="read everything and look for damage")
+
+
+def _demo(verbs: _Verbs) -> None:
+    verb = _verb(
+        verbs, "demo", "quantize a small model and show what came of it", "nybble.cli.demo:demo"
+    )
+    verb.add_argument("--model", metavar="DIR", help="a 16-bit checkpoint to use instead")
+    verb.add_argument("--keep", metavar="DIR", help="keep the checkpoints that are made here")
 
 
 def _paths(verb: argparse.ArgumentParser) -> None:

@@ -8,12 +8,11 @@ import json
 from nybble.cli.console import SCHEMA_VERSION, Console
 
 
-def demo(_options: argparse.Namespace, console: Console) -> int:
-    """Run the demonstration; it returns figures to print, and tells what it does meanwhile."""
+def demo(options: argparse.Namespace, console: Console) -> int:
+    """Quantize a model and compare what the results say with what it says."""
     from nybble.demo import run
 
-    figures = run(log=console.log)
-    text = "\n".join(f"{name}: {value}" for name, value in figures.items())
-    document = {"schema_version": SCHEMA_VERSION, "command": "demo", **figures}
-    console.result(text, json.dumps(document))
+    found = run(model=options.model, keep=options.keep, log=console.log)
+    document = {"schema_version": SCHEMA_VERSION, "command": "demo", **found.to_dict()}
+    console.result(str(found), json.dumps(document))
     return 0
