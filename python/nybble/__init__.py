@@ -17,6 +17,7 @@ from nybble.errors import (
     Error,
     FormatError,
     OutOfMemoryError,
+    RowIndexError,
 )
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         open_checkpoint,
         quantize_checkpoint,
     )
+    from nybble.checkpoint.models import load_model, save_model
     from nybble.functional import (
         ErrorStats,
         dequantize,
@@ -45,6 +47,7 @@ _HOMES = {
     "nybble.checkpoint": (
         "Checkpoint",
         "Report",
+        "RowIndexError",
         "dequantize_checkpoint",
         "open_checkpoint",
         "quantize_checkpoint",
@@ -59,6 +62,7 @@ _HOMES = {
         "quantize",
         "unpack",
     ),
+    "nybble.checkpoint.models": ("load_model", "save_model"),
     "nybble.nn.replace": ("Coverage", "dequantize_model", "quantize_model"),
     "nybble.qtensor": ("QTensor",),
 }
@@ -83,12 +87,14 @@ __all__ = [
     "error",
     "formats",
     "linear",
+    "load_model",
     "nn",
     "open_checkpoint",
     "pack",
     "quantize",
     "quantize_checkpoint",
     "quantize_model",
+    "save_model",
     "unpack",
 ]
 

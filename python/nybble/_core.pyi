@@ -59,6 +59,14 @@ class Rules:
     def decide(self, name: str) -> str | None: ...
     def unused(self) -> list[str]: ...
 
+def quantization_config(
+    format: str,
+    blocksize: int,
+    nested: bool,
+    compute_dtype: str,
+    skip: Sequence[str],
+    overrides: dict[str, str],
+) -> str: ...
 def quantize_checkpoint(
     source: str,
     destination: str,

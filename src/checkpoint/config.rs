@@ -9,6 +9,7 @@ use std::path::Path;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
+use crate::checkpoint::bitsandbytes::owner;
 use crate::checkpoint::json::{UniqueMap, read_capped};
 use crate::checkpoint::shard::{CONFIG, MAX_CONFIG};
 use crate::dtype::Dtype;
@@ -181,6 +182,20 @@ pub struct Quantization<'a> {
 }
 
 impl Quantization<'_> {
+    /// Whether bitsandbytes has a format.
+    pub fn is_theirs(format: Format) -> bool {
+        format == Format::Int8 || owner(format) == Some("bitsandbytes")
+    }
+
+    /// The entry for the reader that can load every format in it.
+    pub fn value(&self) -> Value {
+        if self.overrides.is_empty() && Self::is_theirs(self.format) {
+            self.bitsandbytes()
+        } else {
+            self.nybble()
+        }
+    }
+
     /// The entry that transformers writes for a model that bitsandbytes quantized.
     pub fn bitsandbytes(&self) -> Value {
         let eight = self.format == Format::Int8;

@@ -2,13 +2,11 @@
 
 use serde_json::Value;
 
-use crate::checkpoint::bitsandbytes::owner;
 use crate::checkpoint::config::Quantization;
 use crate::checkpoint::convert::Options;
 use crate::checkpoint::names::module_of;
 use crate::checkpoint::plan::{Action, Item, LeftOut, Plan};
 use crate::dtype::Dtype;
-use crate::format::Format;
 use crate::quant::Reference;
 
 /// The entry.
@@ -34,7 +32,7 @@ impl ConfigEntry {
         });
         let first = layouts.next()?;
         let uniform = layouts.all(|layout| layout.format == first.format);
-        let theirs = first.format == Format::Int8 || owner(first.format) == Some("bitsandbytes");
+        let theirs = Quantization::is_theirs(first.format);
         // The class default; a faster one is chosen where the bytes need not be theirs.
         let compute = match options.reference {
             Reference::BitsandbytesCpu => Dtype::F32,

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::checkpoint::config::Quantization;
 use crate::checkpoint::convert::{self, Options, Run};
 use crate::checkpoint::report::Report;
 use crate::checkpoint::rules::{self, Decision, SKIP};
@@ -43,6 +44,28 @@ impl Rules {
     fn unused(&self) -> Vec<String> {
         self.0.unused()
     }
+}
+
+/// The `quantization_config` of a model, as JSON: bitsandbytes' where it can read the formats.
+#[pyfunction]
+pub fn quantization_config(
+    format: &str,
+    blocksize: usize,
+    nested: bool,
+    compute_dtype: &str,
+    skip: Vec<String>,
+    overrides: &Bound<'_, PyDict>,
+) -> PyResult<String> {
+    let overrides = pairs(Some(overrides))?;
+    let described = Quantization {
+        format: Format::parse_quantized(format)?,
+        blocksize,
+        nested,
+        compute_dtype: Dtype::parse(compute_dtype)?,
+        skip: Some(&skip),
+        overrides: &overrides,
+    };
+    Ok(described.value().to_string())
 }
 
 /// Quantizes a checkpoint; returns the report as JSON.

@@ -18,7 +18,7 @@ mod _core {
     #[pymodule_export]
     use super::checkpoint::Checkpoint;
     #[pymodule_export]
-    use super::convert::{Rules, dequantize_checkpoint, quantize_checkpoint};
+    use super::convert::{Rules, dequantize_checkpoint, quantization_config, quantize_checkpoint};
     #[pymodule_export]
     use super::ops::{
         cpu, default_threads, dequantize, dequantize_rows, error_stats, formats, layout,
