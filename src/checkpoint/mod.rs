@@ -10,6 +10,7 @@
 
 pub mod bitsandbytes;
 mod budget;
+mod cast;
 pub mod config;
 pub mod convert;
 mod destination;

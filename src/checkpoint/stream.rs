@@ -5,13 +5,12 @@
 
 use std::ops::ControlFlow;
 
-use ::safetensors::Dtype as FileDtype;
 use bytemuck::cast_slice_mut;
-use half::{bf16, f16};
 
 use crate::backend::cpu::{Cpu, Lanes, Quantizer};
 use crate::checkpoint::bitsandbytes::{Companion, nested_quant_map, owner, quant_map};
 use crate::checkpoint::budget;
+use crate::checkpoint::cast::convert;
 use crate::checkpoint::open::{Checkpoint, OwnedScales};
 use crate::checkpoint::plan::{Action, Item, float, state};
 use crate::checkpoint::shard::Source;
@@ -219,6 +218,8 @@ impl Stream<'_> {
         let (name, layout) = (&item.info.name, &stored.layout);
         let Some(checkpoint) = self.checkpoint else { return Ok(Done::default()) };
         let scales = checkpoint.read_scales(stored)?;
+        refuse_nonfinite(&scales)
+            .map_err(|problem| Error::tensor(self.source.path(), name, problem))?;
         let run = self.run(item)?.min(layout.elements);
         let (mut packed, mut out) = (vec![0u8; part(layout, run).packed], vec![T::default(); run]);
         let columns = stored.shape.last().copied().unwrap_or(1);
@@ -256,7 +257,7 @@ impl Stream<'_> {
         }
         self.raw.resize(source_bytes(item, out.len()) as usize, 0);
         self.source.read(name, start, &mut self.raw)?;
-        convert(item.info.dtype, &self.raw, out)
+        convert(self.threads, item.info.dtype, &self.raw, out)
     }
 
     /// Fills `out` with whole rows of the transposed matrix, the first beginning at `first`.
@@ -322,6 +323,19 @@ fn scales_of(scales: &OwnedScales, first: usize, blocks: usize) -> Scales<'_> {
     }
 }
 
+/// A scale that is no number would spoil its whole block in silence.
+fn refuse_nonfinite(scales: &OwnedScales) -> Result<(), String> {
+    let (what, values) = match scales {
+        OwnedScales::Plain(scales) => ("absmax", scales),
+        OwnedScales::Nested { absmax, .. } => ("nested_absmax", absmax),
+        OwnedScales::E8M0(_) => return Ok(()),
+    };
+    match values.iter().enumerate().find(|(_, scale)| !scale.is_finite()) {
+        Some((i, scale)) => Err(format!("{what} is {scale} at {i}; copy the checkpoint again")),
+        None => Ok(()),
+    }
+}
+
 fn absmax_key(item: &Item, layout: &Layout) -> String {
     let companion = if layout.format == Format::Int8 { Companion::Scb } else { Companion::Absmax };
     companion.key(&item.info.name, layout.format)
@@ -339,34 +353,5 @@ fn shift(error: Error, by: usize) -> Error {
     match error {
         Error::NonFinite { index, value } => Error::NonFinite { index: index + by, value },
         other => other,
-    }
-}
-
-/// Rounds elements to `T` through f32, as torch casts them; returns how many finite values
-/// became infinite.
-fn convert<T: Element>(dtype: FileDtype, bytes: &[u8], out: &mut [T]) -> Result<u64> {
-    fn each<T: Element, const N: usize>(
-        bytes: &[u8],
-        out: &mut [T],
-        read: impl Fn([u8; N]) -> f32,
-    ) -> u64 {
-        let mut overflowed = 0;
-        for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<N>().0) {
-            let x = read(*bytes);
-            *out = T::from_f32(x);
-            overflowed += u64::from(x.is_finite() && !out.to_f32().is_finite());
-        }
-        overflowed
-    }
-    match dtype {
-        FileDtype::F32 => Ok(each(bytes, out, f32::from_le_bytes)),
-        FileDtype::F16 => Ok(each(bytes, out, |bytes| f16::from_le_bytes(bytes).to_f32())),
-        FileDtype::BF16 => Ok(each(bytes, out, |bytes| bf16::from_le_bytes(bytes).to_f32())),
-        FileDtype::F64 => Ok(each(bytes, out, |bytes| f64::from_le_bytes(bytes) as f32)),
-        other => Err(Error::Dtype {
-            what: "a cast",
-            got: other.to_string(),
-            allowed: "F64, F32, F16, BF16",
-        }),
     }
 }
