@@ -17,6 +17,7 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use super::checkpoint::Checkpoint;
+    #[pymodule_export]
     use super::convert::{Rules, dequantize_checkpoint, quantize_checkpoint};
     #[pymodule_export]
     use super::ops::{
