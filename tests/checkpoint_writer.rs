@@ -561,6 +561,28 @@ fn nothing_is_quantized_twice_or_dequantized_for_nothing() {
 }
 
 #[test]
+fn a_scale_that_is_no_number_is_not_passed_on() {
+    for nested in [false, true] {
+        let model = Model::llama().saved();
+        model.quantize(&Options { nested, ..Options::new(Format::Nf4) }).unwrap();
+        let path = model.target().join("model.safetensors");
+        let mut bytes = fs::read(&path).unwrap();
+        let key = if nested { "nested_absmax" } else { "absmax" };
+        let name = format!("model.layers.1.mlp.up_proj.weight.{key}");
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let data = file.tensor(&name).unwrap().data();
+        let start = data.as_ptr() as usize - bytes.as_ptr() as usize;
+        bytes[start..start + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+        fs::write(&path, bytes).unwrap();
+        let dense = model.directory.path().join("dense");
+        let error = dequantize(&model.target(), &dense, None, Run::default(), &mut on);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("up_proj.weight") && error.contains("NaN"), "{error}");
+        assert!(!dense.exists());
+    }
+}
+
+#[test]
 fn one_file_becomes_one_file() {
     let model = Model::llama().saved();
     let file = model.source().join("model.safetensors");
