@@ -23,7 +23,7 @@ fn config(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, failure_persistence: None, ..default }
 }
 
-/// SplitMix64: a case is a seed, so that long inputs cost little and are found again.
+/// `SplitMix64`: a case is a seed, so that long inputs cost little and are found again.
 struct Random(u64);
 
 impl Random {

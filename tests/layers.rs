@@ -1,5 +1,8 @@
 //! Imports point one way: a module uses only modules below it.
 
+// Helpers outside of test functions.
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

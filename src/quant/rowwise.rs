@@ -1,6 +1,7 @@
 //! LLM.int8() (arXiv:2208.07339): one scale a row, signed bytes, and columns of outliers.
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use crate::dtype::Element;
 use crate::quant::blockwise::absmax;
@@ -58,9 +59,14 @@ pub fn dequantize_row<T: Element>(codes: &[i8], absmax: f32, out: &mut [T]) {
     }
 }
 
-/// Casts values to fp16 first, as bitsandbytes does with every weight it makes int8.
-pub fn through_f16<T: Element>(x: &[T]) -> Vec<f16> {
-    x.iter().map(|x| f16::from_f32(x.to_f32())).collect()
+/// Values rounded to fp16, as bitsandbytes rounds every weight that it makes int8.
+pub fn through_f16<T: Element>(x: &[T]) -> Vec<f32> {
+    let mut wide: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
+    let mut halves = vec![f16::ZERO; x.len()];
+    // Whole slices: half looks for the machine's instruction at every call.
+    halves.convert_from_f32_slice(&wide);
+    halves.convert_to_f32_slice(&mut wide);
+    wide
 }
 
 /// The columns of a `[rows, columns]` matrix that hold a magnitude of at least `threshold`,
