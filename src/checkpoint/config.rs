@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::bitsandbytes::owner;
-use crate::checkpoint::json::{UniqueMap, read_capped};
+use crate::checkpoint::json::{UniqueMap, from_python, read_capped, to_python};
 use crate::checkpoint::shard::{CONFIG, MAX_CONFIG};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -44,7 +44,7 @@ impl Config {
     }
 
     fn parse(path: &Path, text: &[u8]) -> Result<Self> {
-        let UniqueMap(entries) = serde_json::from_slice(text)
+        let UniqueMap(entries) = serde_json::from_slice(&from_python(text))
             .map_err(|error| Error::checkpoint(path, format!("not a config: {error}")))?;
         Ok(Self { entries })
     }
@@ -117,7 +117,7 @@ impl Config {
 
     /// The file's text, indented as transformers indents it.
     pub fn render(&self) -> String {
-        render(&self.entries, 0) + "\n"
+        to_python(&render(&self.entries, 0)) + "\n"
     }
 }
 
@@ -249,8 +249,7 @@ mod tests {
 
     #[test]
     fn numbers_keep_their_text_and_entries_their_order() {
-        let text =
-            "{\n  \"rms_norm_eps\": 1e-06,\n  \"theta\": 10000.0,\n  \"a\": [\n    1\n  ]\n}\n";
+        let text = "{\n  \"rms_norm_eps\": 1e-06,\n  \"theta\": 10000.0,\n  \"limit\": Infinity,\n  \"a\": [\n    1\n  ]\n}\n";
         assert_eq!(config(text).render(), text);
     }
 

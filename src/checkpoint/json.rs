@@ -46,6 +46,43 @@ pub(crate) fn explain(text: &[u8], error: &serde_json::Error) -> String {
     }
 }
 
+/// What Python's `json` writes for floats that JSON has no word for, longest first.
+const PYTHON_FLOATS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
+
+const MARK: &str = "__python_float__";
+
+/// Makes JSON of a text that Python wrote: `Infinity` outside of strings becomes a marked string.
+/// Configs of some models have it (`time_step_limit` of Mamba 2).
+pub(crate) fn from_python(text: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(text.len());
+    let (mut rest, mut in_string) = (text, false);
+    while let Some((byte, after)) = rest.split_first() {
+        let float = PYTHON_FLOATS.iter().find(|float| rest.starts_with(float.as_bytes()));
+        if let (false, Some(float)) = (in_string, float) {
+            out.extend_from_slice(format!("\"{MARK}{float}\"").as_bytes());
+            rest = rest.get(float.len()..).unwrap_or_default();
+            continue;
+        }
+        out.push(*byte);
+        rest = after;
+        match (byte, in_string, after.split_first()) {
+            (b'\\', true, Some((escaped, after))) => {
+                out.push(*escaped);
+                rest = after;
+            }
+            (b'"', ..) => in_string = !in_string,
+            _ => {}
+        }
+    }
+    out
+}
+
+/// The way back.
+pub(crate) fn to_python(text: &str) -> String {
+    let unmark = |text: String, float: &&str| text.replace(&format!("\"{MARK}{float}\""), float);
+    PYTHON_FLOATS.iter().fold(text.to_owned(), unmark)
+}
+
 /// A JSON object in its order, each key once.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct UniqueMap<V>(pub Vec<(String, V)>);
@@ -86,6 +123,15 @@ mod tests {
         let parse = serde_json::from_str::<UniqueMap<u8>>;
         assert_eq!(parse(r#"{"b":1,"a":2}"#).unwrap().0.len(), 2);
         assert!(parse(r#"{"b":1,"b":2}"#).unwrap_err().to_string().contains("'b'"));
+    }
+
+    #[test]
+    fn floats_that_only_python_writes_survive() {
+        let text = r#"{"limit": [0.0, Infinity, -Infinity], "NaN \" Infinity": NaN, "x": 1e-06}"#;
+        let json = from_python(text.as_bytes());
+        assert!(serde_json::from_slice::<serde_json::Value>(&json).is_ok());
+        assert_eq!(to_python(std::str::from_utf8(&json).unwrap()), text);
+        assert_eq!(from_python(b"{\"a\\"), b"{\"a\\");
     }
 
     #[test]

@@ -51,7 +51,10 @@ const CONV1D_LAYERS: &[&str] = &["c_attn", "c_proj", "c_fc", "q_attn"];
 const PRECISE: &[(&str, &[&str])] = &[
     ("wo", &["t5", "mt5", "umt5", "udop", "pop2piano"]),
     ("qformer", &["blip-2"]),
-    ("indexer.weights_proj", &[]),
+    (
+        "indexer.weights_proj",
+        &["axk2", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "mistral_large4"],
+    ),
 ];
 
 /// Ends of tensors that transformers keeps in float32 whatever the model's type is
@@ -75,6 +78,7 @@ const HEAD_ENDS: &[&str] = &["head.decoder", "predictions.decoder", "_lm_head"];
 
 /// Last components of embeddings.
 const EMBEDDINGS: &[&str] = &[
+    "bias_values",
     "embed",
     "embed_char",
     "embed_global",
@@ -109,8 +113,16 @@ const EMBEDDING_ENDS: &[&str] = &[
     "_tokens",
 ];
 
-/// What ends like an embedding but is a linear layer over the pixels of a patch.
-const PATCHES: &[&str] = &["patch_embed", "patch_embedding", "patch_embeddings"];
+/// What is named like an embedding but is a linear layer, mostly over the pixels of a patch.
+const NO_EMBEDDINGS: &[&str] = &[
+    "box_linear_embeddings",
+    "patch_embed",
+    "patch_embedding",
+    "patch_embeddings",
+    "relative_pos_embeddings",
+    "vision_embed_tokens",
+    "xpath_unitseq2_embeddings",
+];
 
 impl<'a> Names<'a> {
     /// Looks through the names of all tensors, and through the config if there is one.
@@ -260,7 +272,7 @@ fn expert(info: &TensorInfo) -> Role {
 }
 
 fn is_embedding(last: &str) -> bool {
-    !PATCHES.contains(&last)
+    !NO_EMBEDDINGS.contains(&last)
         && (EMBEDDINGS.contains(&last)
             || EMBEDDING_STARTS.iter().any(|start| last.starts_with(start))
             || EMBEDDING_ENDS.iter().any(|end| last.ends_with(end)))
@@ -321,10 +333,6 @@ mod tests {
             ("head.weight", Role::Head),
             ("block.head.weight", Role::Linear),
             ("vision.embeddings.patch_embedding.weight", Role::Linear),
-            (
-                "layers.0.indexer.weights_proj.weight",
-                Role::KeepPrecise("kept precise by its model"),
-            ),
             ("cls.predictions.decoder.weight", Role::Head),
             ("model.embed_tokens.weight", Role::Other("embedding")),
             ("transformer.wpe.weight", Role::Other("embedding")),
@@ -359,6 +367,10 @@ mod tests {
     fn the_model_type_decides_about_wo_and_conv1d() {
         let wo = "encoder.block.0.layer.1.DenseReluDense.wo.weight";
         assert_eq!(role(r#"{"model_type":"llama"}"#, wo, &[8, 8]), Role::Linear);
+        let indexer = "layers.0.indexer.weights_proj.weight";
+        assert_eq!(role("{}", indexer, &[8, 8]), Role::Linear);
+        let deepseek = r#"{"model_type":"deepseek_v32"}"#;
+        assert!(matches!(role(deepseek, indexer, &[8, 8]), Role::KeepPrecise(_)));
         let t5 = r#"{"model_type":"t5"}"#;
         assert!(matches!(role(t5, wo, &[8, 8]), Role::KeepPrecise(_)));
         let inner = r#"{"model_type":"blip-2","text_config":{"model_type":"t5"}}"#;

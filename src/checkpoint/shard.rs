@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::checkpoint::json::{UniqueMap, explain, read_capped};
+use crate::checkpoint::json::{UniqueMap, explain, from_python, read_capped};
 use crate::checkpoint::safetensors::{TensorFile, TensorInfo};
 use crate::error::{Error, Result};
 
@@ -178,7 +178,7 @@ pub fn read_config(directory: &Path) -> Result<Option<Value>> {
         return Ok(None);
     }
     let text = read_capped(&path, MAX_CONFIG)?;
-    match serde_json::from_slice(&text) {
+    match serde_json::from_slice(&from_python(&text)) {
         Ok(config @ Value::Object(_)) => Ok(Some(config)),
         Ok(_) => Err(Error::checkpoint(&path, "not a JSON object")),
         Err(error) => Err(Error::checkpoint(
