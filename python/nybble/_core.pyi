@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, TypedDict, final
+from typing import Any, Final, TypedDict, final, type_check_only
 
 # (address, number of elements, dtype name)
 _Memory = tuple[int, int, str]
@@ -98,12 +98,14 @@ def dequantize_checkpoint(
     on_progress: Callable[[int, int, str], object] | None = None,
 ) -> str: ...
 
+@type_check_only
 class Counts(TypedDict):
     tensors: int
     elements: int
     bytes: int
     bits_per_weight: float
 
+@type_check_only
 class SummaryRows(TypedDict):
     total: Counts
     quantized: Counts
