@@ -22,12 +22,7 @@ fn golden() -> PathBuf {
 }
 
 fn sha256<T: Element>(values: &[T]) -> String {
-    use std::fmt::Write;
-    let digest = Sha256::digest(bytemuck::cast_slice(values));
-    digest.iter().fold(String::new(), |mut text, byte| {
-        write!(text, "{byte:02x}").unwrap();
-        text
-    })
+    format!("{:x}", Sha256::digest(bytemuck::cast_slice(values)))
 }
 
 #[test]

@@ -1,18 +1,18 @@
 //! Small checkpoints for tests, good and bad.
 
 // Each test program uses a part.
-#![allow(dead_code, missing_docs)]
+#![allow(dead_code, missing_docs, clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use nybble::backend::cpu::{Cpu, Quantizer};
+use nybble::backend::cpu::{Cpu, Lanes, Quantizer};
 use nybble::checkpoint::bitsandbytes::{Companion, nested_quant_map, quant_map};
 use nybble::checkpoint::open::OwnedQTensor;
 use nybble::checkpoint::quant_state::{Nested, QuantState};
 use nybble::checkpoint::{Checkpoint, Damage, Entry, Part};
-use nybble::dtype::{Dtype, Element};
+use nybble::dtype::Dtype;
 use nybble::format::{Format, Scale};
 use nybble::quant::nested;
 use nybble::tensor::Layout;
@@ -173,7 +173,7 @@ pub fn read_everything(path: &Path) -> Result<BTreeMap<String, Vec<u8>>, String>
     }
 }
 
-pub fn decode<T: Element>(q: &OwnedQTensor) -> Vec<T> {
+pub fn decode<T: Lanes>(q: &OwnedQTensor) -> Vec<T> {
     let mut out = vec![T::default(); q.stored.layout.elements];
     Cpu::new(Some(1)).unwrap().dequantize(&q.view().unwrap(), &mut out).unwrap();
     out
