@@ -80,6 +80,7 @@ __all__ = [
     "OutOfMemoryError",
     "QTensor",
     "Report",
+    "RowIndexError",
     "__version__",
     "dequantize",
     "dequantize_checkpoint",

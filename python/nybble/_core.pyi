@@ -5,11 +5,32 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypedDict, final, type_check_only
 
+__all__ = [
+    "Checkpoint",
+    "Rules",
+    "__version__",
+    "cpu",
+    "default_threads",
+    "dequantize",
+    "dequantize_checkpoint",
+    "dequantize_rows",
+    "error_stats",
+    "formats",
+    "layout",
+    "pack_codes",
+    "quantization_config",
+    "quantize",
+    "quantize_activations",
+    "quantize_checkpoint",
+    "unpack_codes",
+]
+
 # (address, number of elements, dtype name)
 _Memory = tuple[int, int, str]
 # (format, shape, blocksize, packed, absmax, nested_absmax, nested_offset)
 _Weight = tuple[str, list[int], int, _Memory, _Memory, _Memory | None, _Memory | None]
 
+@type_check_only
 class FormatRow(TypedDict):
     name: str
     bits: int
@@ -22,6 +43,7 @@ class FormatRow(TypedDict):
     nestable: bool
     source: str
 
+@type_check_only
 class Figures(TypedDict):
     count: int
     sqnr_db: float

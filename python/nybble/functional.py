@@ -89,8 +89,9 @@ def linear(x: torch.Tensor, q: QTensor, bias: torch.Tensor | None = None) -> tor
         bias: [out_features], or None.
 
     Returns:
-        [..., out_features] in the dtype of `x`. Weights are decoded with float32 scales and
-        rounded once to that dtype.
+        [..., out_features] in the dtype of `x`. Weights are decoded with float32 scales; they
+        are rounded to the dtype of `x` where the processor multiplies in it, and stay float32
+        where it does not. Only the result is rounded then.
     """
     return ops.linear(autocast(x), *q.parts, bias, *q.how)
 

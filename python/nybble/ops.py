@@ -6,6 +6,7 @@ known shape. Devices other than the CPU run the definition in `reference.py`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -152,9 +153,24 @@ def _dequantize_fake(
 
 # --- linear ---------------------------------------------------------------------------------
 
-# Elements of the weight that are decoded at a time: they stay in the second-level cache until
-# they are multiplied.
-_TILE = 1 << 19
+# Elements of the weight that are decoded at a time. A single row of activations is multiplied
+# tile by tile while the tile is in the cache. For more rows each product starts torch's threads,
+# which costs more than the cache gives, so the tile only bounds the memory.
+_TILE_OF_ONE_ROW = 1 << 21
+_TILE = 1 << 24
+
+
+@functools.cache
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a CPU multiplies: float32 where it has no units for a narrower one."""
+    native = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    if dtype not in native:
+        return dtype
+    supported = getattr(torch.ops.mkldnn, native[dtype], None)
+    return dtype if supported is not None and supported() else torch.float32
 
 
 def _check_product(x: Tensor, shape: Sequence[int]) -> None:
@@ -168,6 +184,14 @@ def _check_product(x: Tensor, shape: Sequence[int]) -> None:
     torch._check(
         x.is_floating_point(), lambda: f"linear needs floating point activations, got {x.dtype}"
     )
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Torch's linear in the dtype of its arguments, whatever an autocast around the op says."""
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return torch.nn.functional.linear(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 @torch.library.impl("nybble::linear", "cpu")
@@ -185,23 +209,24 @@ def _linear_cpu(
     parts = weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
     _check_product(x, shape)
     out_features, in_features = shape
-    flat = x.reshape(-1, in_features)
-    bias = None if bias is None else bias.to(x.dtype)
-    rows = max(1, _TILE // max(1, in_features))
+    flat = x.reshape(-1, in_features).to(arithmetic(x.dtype))
+    bias = None if bias is None else bias.to(flat.dtype)
+    tile_elements = _TILE_OF_ONE_ROW if flat.shape[0] == 1 else _TILE
+    rows = max(1, tile_elements // max(1, in_features))
     if rows >= out_features:
-        tile = x.new_empty(out_features, in_features)
+        tile = flat.new_empty(out_features, in_features)
         _core.dequantize(parts, memory(tile))
-        out = torch.nn.functional.linear(flat, tile, bias)
+        out = _dense(flat, tile, bias)
     else:
-        out = x.new_empty(flat.shape[0], out_features)
-        scratch = x.new_empty(rows, in_features)
+        out = flat.new_empty(flat.shape[0], out_features)
+        scratch = flat.new_empty(rows, in_features)
         for start in range(0, out_features, rows):
             stop = min(start + rows, out_features)
             tile = scratch[: stop - start]
             _core.dequantize(parts, memory(tile), start * in_features)
             part = None if bias is None else bias[start:stop]
-            out[:, start:stop] = torch.nn.functional.linear(flat, tile, part)
-    return out.reshape(*x.shape[:-1], out_features)
+            out[:, start:stop] = _dense(flat, tile, part)
+    return out.to(x.dtype).reshape(*x.shape[:-1], out_features)
 
 
 torch.library.impl("nybble::linear", "CompositeExplicitAutograd")(reference.linear)
@@ -234,8 +259,9 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """grad_x = grad @ W, with W decoded again in the dtype of grad; the weight is frozen."""
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight = torch.ops.nybble.dequantize(*ctx.saved_tensors, *ctx.how, grad.dtype)
-        grad_x = grad @ weight
+        wide = arithmetic(grad.dtype) if grad.device.type == "cpu" else grad.dtype
+        weight = torch.ops.nybble.dequantize(*ctx.saved_tensors, *ctx.how, wide)
+        grad_x = (grad.to(wide) @ weight).to(grad.dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
     return grad_x, None, None, None, None, grad_bias, None, None, None
@@ -311,7 +337,7 @@ def _int8_linear_cpu(
     out = product * (scale[:, None] * absmax) * (1 / 127**2)
     if outliers:
         weight = packed[:, outliers].float() * absmax[:, None] * (1 / 127)
-        out += flat[:, outliers].float() @ weight.T
+        out += _dense(flat[:, outliers].float(), weight, None)
     if bias is not None:
         out += bias.float()
     return out.to(x.dtype).reshape(*x.shape[:-1], out_features)

@@ -56,6 +56,24 @@ def for_format(x: torch.Tensor, name: str) -> torch.Tensor:
     return x.abs() if name == "dynamic8u" else x
 
 
+def assert_product(
+    got: torch.Tensor, x: torch.Tensor, q: nb.QTensor, bias: torch.Tensor | None = None
+) -> None:
+    """Whether `got` is x @ W.T + bias within the roundings of its dtype.
+
+    Each weight, each product's sum and the result may be rounded once to the dtype, and float32
+    sums of n terms lose at most n roundings: the bound is relative to the sum of magnitudes.
+    """
+    weight = q.dequantize(torch.float32).double()
+    want, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    if bias is not None:
+        want, size = want + bias.double(), size + bias.double().abs()
+    slack = 2 * torch.finfo(got.dtype).eps + x.shape[-1] * 2.0**-23
+    assert got.dtype == x.dtype
+    smallest = torch.finfo(got.dtype).tiny * torch.finfo(got.dtype).eps
+    assert bool(((got.double() - want).abs() <= slack * size + smallest).all())
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors agree in dtype, shape and every bit."""
     return (

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from nybble.checkpoint.open import Checkpoint, open_checkpoint
 from torch import nn
 
 from nybble import _core, reference
+from nybble.checkpoint.open import Checkpoint, open_checkpoint
 from nybble.errors import CheckpointError
 from nybble.nn.embedding import QuantizedEmbedding, embedding_class
 from nybble.nn.linear import QuantizedLinear, linear_class
@@ -130,7 +130,7 @@ def _make_readable(path: Path) -> None:
 def _config(model: nn.Module) -> dict[str, Any] | None:
     """The config of a transformers model, with what was quantized; None for other models."""
     config = getattr(model, "config", None)
-    if not hasattr(config, "to_diff_dict"):
+    if config is None or not hasattr(config, "to_json_string"):
         return None
     content: dict[str, Any] = json.loads(config.to_json_string())
     content["architectures"] = [type(model).__name__]
