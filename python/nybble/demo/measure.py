@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import os
 import resource
 import subprocess
 import sys
@@ -72,17 +71,23 @@ def prompt() -> str:
     return _PROMPT
 
 
+# A child counts the memory that its parent had when it was started as its own. This small
+# process in between has next to none; it writes its child's peak after the child's output.
+_RUNNER = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+sys.exit(code)
+"""
+
+
 def run_command(arguments: list[str]) -> tuple[str, int]:
     """Run `nybble ...` in its own process: its output and the most memory that it used, bytes."""
-    command = [sys.executable, "-m", "nybble", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        out = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise Error(f"`nybble {' '.join(arguments)}` failed with code {process.returncode}: {out}")
-    return out, _bytes(usage.ru_maxrss)
+    command = [sys.executable, "-c", _RUNNER, sys.executable, "-m", "nybble", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise Error(f"`nybble {' '.join(arguments)}` failed: {done.stdout}{done.stderr}")
+    return done.stdout, _bytes(int(done.stderr.split()[-1]))
 
 
 def peak_memory() -> int:

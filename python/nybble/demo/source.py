@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,7 +74,8 @@ def _from_gguf(gguf: Path, directory: Path) -> Source:
     transformers.utils.logging.disable_progress_bar()
     place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**place)
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16)
     directory.mkdir(parents=True)
     state = model.state_dict()
     if model.config.tie_word_embeddings:
