@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# A job in the background ignores Ctrl-C, and so would what it starts; the tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports transformers or huggingface_hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
