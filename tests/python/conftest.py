@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import signal
 
-# A job in the background ignores Ctrl-C, and so would what it starts; the tests send it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 # Before anything imports transformers or huggingface_hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +12,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# A job in the background ignores Ctrl-C, and so would what it starts; the tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "quick", max_examples=40, deadline=None, derandomize=True, print_blob=True
