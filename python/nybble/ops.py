@@ -209,7 +209,9 @@ def _linear_cpu(
     parts = weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
     _check_product(x, shape)
     out_features, in_features = shape
-    flat = x.reshape(-1, in_features).to(arithmetic(x.dtype))
+    flat = x.reshape(-1, in_features)
+    if flat.shape[0] > 1:  # torch has quick code of its own for one row of any dtype
+        flat = flat.to(arithmetic(x.dtype))
     bias = None if bias is None else bias.to(flat.dtype)
     tile_elements = _TILE_OF_ONE_ROW if flat.shape[0] == 1 else _TILE
     rows = max(1, tile_elements // max(1, in_features))
