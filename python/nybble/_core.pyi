@@ -18,10 +18,13 @@ __all__ = [
     "formats",
     "layout",
     "pack_codes",
+    "parse_quant_state",
+    "quant_state_key",
     "quantization_config",
     "quantize",
     "quantize_activations",
     "quantize_checkpoint",
+    "render_quant_state",
     "unpack_codes",
 ]
 
@@ -81,6 +84,15 @@ class Rules:
     def decide(self, name: str) -> str | None: ...
     def unused(self) -> list[str]: ...
 
+def quant_state_key(format: str) -> str | None: ...
+def render_quant_state(
+    format: str,
+    blocksize: int,
+    dtype: str,
+    shape: Sequence[int],
+    nested_offset: float | None = None,
+) -> str: ...
+def parse_quant_state(text: bytes) -> tuple[str, int, str, list[int], float | None]: ...
 def quantization_config(
     format: str,
     blocksize: int,

@@ -89,9 +89,9 @@ def linear(x: torch.Tensor, q: QTensor, bias: torch.Tensor | None = None) -> tor
         bias: [out_features], or None.
 
     Returns:
-        [..., out_features] in the dtype of `x`. Weights are decoded with float32 scales; they
-        are rounded to the dtype of `x` where the processor multiplies in it, and stay float32
-        where it does not. Only the result is rounded then.
+        [..., out_features] in the dtype of `x`. Weights are decoded with float32 scales and
+        rounded to the dtype of `x`; on a processor that does not multiply in it, more than one
+        row is multiplied in float32 and only the result is rounded.
     """
     return ops.linear(autocast(x), *q.parts, bias, *q.how)
 

@@ -9,7 +9,6 @@ nested scales `M.weight.nested_absmax` and `M.weight.nested_quant_map`, and the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,6 @@ from nybble.errors import CheckpointError
 
 if TYPE_CHECKING:
     from nybble.qtensor import QTensor
-
-# Formats that bitsandbytes itself can load.
-_BITSANDBYTES = ("nf4", "fp4")
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
-_NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
 
 
 def parameter_name(prefix: str) -> str:
@@ -47,26 +40,18 @@ def to_state_dict(q: QTensor, prefix: str) -> dict[str, torch.Tensor]:
             module + "SCB": q.absmax,
             module + "weight_format": torch.tensor(0, dtype=torch.uint8, device=q.device),
         }
-    blob: dict[str, Any] = {
-        "quant_type": q.format,
-        "blocksize": q.blocksize,
-        "dtype": str(q.dtype).removeprefix("torch."),
-        "shape": list(q.shape),
-    }
     tensors = {name: q.packed.reshape(-1, 1), f"{name}.absmax": q.absmax}
     if q.quant_map is not None:
         tensors[f"{name}.quant_map"] = q.quant_map
+    offset = None
     if q.nested_absmax is not None and q.nested_offset is not None:
         tensors[f"{name}.nested_absmax"] = q.nested_absmax
         tensors[f"{name}.nested_quant_map"] = reference.codebook("dynamic8", q.device)
-        blob["nested_blocksize"] = reference.NESTED_BLOCKSIZE
-        blob["nested_dtype"] = "float32"
-        blob["nested_offset"] = q.nested_offset.item()
-    vendor = "bitsandbytes" if q.format in _BITSANDBYTES else "nybble"
-    text = json.dumps(blob).encode()
-    tensors[f"{name}.quant_state.{vendor}__{q.format}"] = torch.frombuffer(
-        bytearray(text), dtype=torch.uint8
-    ).to(q.device)
+        offset = q.nested_offset.item()
+    dtype = str(q.dtype).removeprefix("torch.")
+    text = _core.render_quant_state(q.format, q.blocksize, dtype, list(q.shape), offset).encode()
+    key = f"{name}.quant_state.{_core.quant_state_key(q.format)}"
+    tensors[key] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(q.device)
     return tensors
 
 
@@ -139,15 +124,15 @@ def _int8(tensors: Mapping[str, torch.Tensor], name: str, module: str) -> dict[s
 
 
 def _blockwise(tensors: Mapping[str, torch.Tensor], name: str, key: str) -> dict[str, Any]:
-    blob = _parse_blob(tensors[key], key)
-    format = blob["quant_type"]
-    if not key.endswith(f"__{format}"):
+    try:
+        text = bytes(tensors[key].cpu().tolist())
+        format, blocksize, dtype, shape, offset = _core.parse_quant_state(text)
+    except CheckpointError as error:
+        raise CheckpointError(f"'{key}': {error}") from None
+    if key != f"{name}.quant_state.{_core.quant_state_key(format)}":
         raise CheckpointError(f"'{key}' says quant_type '{format}'; key and text disagree")
-    nested = "nested_offset" in blob
-    shape = torch.Size(blob["shape"])
-    blocksize, packed_len, scales, nested_scales = _core.layout(
-        format, list(shape), blob["blocksize"], nested
-    )
+    nested = offset is not None
+    blocksize, packed_len, scales, nested_scales = _core.layout(format, shape, blocksize, nested)
     packed = _get(tensors, name)
     packed = packed.flatten().view(torch.uint8)
     absmax = _get(tensors, f"{name}.absmax")
@@ -157,15 +142,13 @@ def _blockwise(tensors: Mapping[str, torch.Tensor], name: str, key: str) -> dict
     if nested:
         nested_absmax = _get(tensors, f"{name}.nested_absmax")
         _check(f"{name}.nested_absmax", nested_absmax, torch.float32, nested_scales)
-        nested_offset = torch.tensor(
-            blob["nested_offset"], dtype=torch.float32, device=packed.device
-        )
+        nested_offset = torch.tensor(offset, dtype=torch.float32, device=packed.device)
     return {
         "packed": packed,
         "absmax": absmax,
         "format": format,
-        "shape": shape,
-        "dtype": _DTYPES[blob["dtype"]],
+        "shape": torch.Size(shape),
+        "dtype": getattr(torch, dtype),
         "blocksize": blocksize,
         "nested_absmax": nested_absmax,
         "nested_offset": nested_offset,
@@ -178,24 +161,3 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, elements: int) -
             f"'{name}' should be {elements} values of {dtype} in one dimension, found"
             f" {tuple(tensor.shape)} of {tensor.dtype}"
         )
-
-
-def _parse_blob(tensor: torch.Tensor, key: str) -> dict[str, Any]:
-    try:
-        blob = json.loads(bytes(tensor.cpu().tolist()).decode())
-    except ValueError as error:
-        raise CheckpointError(f"'{key}' is not JSON text: {error}") from None
-    if not isinstance(blob, dict) or set(blob) not in (_KEYS, _KEYS | _NESTED_KEYS):
-        raise CheckpointError(f"'{key}' should be an object with the keys {sorted(_KEYS)}")
-    valid = (
-        isinstance(blob["quant_type"], str)
-        and isinstance(blob["blocksize"], int)
-        and blob["dtype"] in _DTYPES
-        and isinstance(blob["shape"], list)
-        and all(isinstance(extent, int) and extent >= 0 for extent in blob["shape"])
-        and isinstance(blob.get("nested_offset", 0.0), (int, float))
-        and blob.get("nested_blocksize", 256) == reference.NESTED_BLOCKSIZE
-    )
-    if not valid:
-        raise CheckpointError(f"'{key}' holds a value that cannot be: {blob}")
-    return blob

@@ -77,10 +77,14 @@ def test_damaged_state_dicts_are_named():
         "nested_absmax": {k: v for k, v in good.items() if k != "w.nested_absmax"},
         "w.absmax": change(good, "w.absmax", good["w.absmax"][:-1]),
         "'w'": change(good, "w", good["w"][:-1]),
-        "not JSON": with_text(text[:-1]),
-        "keys": with_text(text.replace("blocksize", "block_size")),
+        "EOF": with_text(text[:-1]),
+        "block_size": with_text(text.replace("blocksize", "block_size")),
         "disagree": with_text(text.replace('"nf4"', '"fp4"')),
-        "cannot be": with_text(text.replace("float32", "float17", 1).replace("[4", "[-4")),
+        "float17": with_text(text.replace("float32", "float17", 1)),
+        "-4": with_text(text.replace("[4", "[-4")),
+        "nested_dtype is bfloat16": with_text(
+            text.replace('nested_dtype": "float32', 'nested_dtype": "bfloat16')
+        ),
         "no quant_state": {"w": good["w"]},
     }
     for match, tensors in cases.items():
