@@ -4,8 +4,9 @@
 #   PYTHON=/path/to/python              the interpreter for a new .venv (default: the first that fits)
 source "$(dirname "$0")/lib.sh"
 
-# nybble itself runs on 3.10; the locked torch and transformers ask for 3.11.
-min_python=3.11
+min_python=3.10
+# The locked torch, transformers and numpy ask for this; below it pip chooses older ones.
+locked_python=3.11
 min_cargo=$(sed -n 's/^rust-version *= *"\(.*\)"/\1/p' Cargo.toml)
 stamp=.venv/.lock-stamp
 
@@ -22,7 +23,7 @@ check_cargo() {
 
 find_python() {
   local name have seen=()
-  for name in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python}; do
+  for name in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python3.10 python}; do
     have=$(python_version "$name")
     [ -n "$have" ] || continue
     if at_least "$min_python" "$have"; then say "$name" && return; fi
@@ -48,7 +49,7 @@ make_venv() {
 
 # The state that .venv should be in, as one line.
 fingerprint() {
-  .venv/bin/python - requirements/*.lock <<'PYTHON'
+  .venv/bin/python - requirements/dev.in requirements/*.lock <<'PYTHON'
 import hashlib, pathlib, platform, sys
 
 content = b"".join(pathlib.Path(name).read_bytes() for name in sys.argv[1:])
@@ -74,10 +75,15 @@ if [ "${1:-}" != --force ] && [ "$(head -n 1 "$stamp" 2>/dev/null)" = "$(fingerp
 fi
 
 rm -f "$stamp"
-say "installing requirements/dev.lock into .venv (the first time 1 to 5 minutes, 6 GB on Linux)"
+file=requirements/dev.lock
+if ! at_least "$locked_python" "$(python_version .venv/bin/python)"; then
+  file=requirements/dev.in
+  warn "the lock needs Python $locked_python; installing the newest versions that this one can have"
+fi
+say "installing $file into .venv (the first time 1 to 5 minutes, 6 GB on Linux)"
 # pip first: measured, it needs 61 s for the rest where the one of Python 3.11 needs 100.
-{ install "$(grep '^pip==' requirements/dev.lock)" && install -r requirements/dev.lock; } ||
-  die "pip could not install requirements/dev.lock, its reason stands above;" \
+{ install "$(grep '^pip==' requirements/dev.lock)" && install -r "$file"; } ||
+  die "pip could not install $file, its reason stands above;" \
     "it needs a package index, $(.venv/bin/python --version) wheels and 6 GB of disk. Then run again: make venv"
 
 missing=()
