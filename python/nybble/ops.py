@@ -174,6 +174,8 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def _check_product(x: Tensor, shape: Sequence[int]) -> None:
+    if len(shape) == 2 and x.dim() > 0 and x.shape[-1] == shape[1] and x.is_floating_point():
+        return
     torch._check(
         len(shape) == 2, lambda: f"linear needs a weight of rank 2, got shape {list(shape)}"
     )
@@ -194,7 +196,6 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
-@torch.library.impl("nybble::linear", "cpu")
 def _linear_cpu(
     x: Tensor,
     packed: Tensor,
@@ -231,6 +232,7 @@ def _linear_cpu(
     return out.to(x.dtype).reshape(*x.shape[:-1], out_features)
 
 
+torch.library.impl("nybble::linear", "cpu")(_linear_cpu)
 torch.library.impl("nybble::linear", "CompositeExplicitAutograd")(reference.linear)
 
 
@@ -270,6 +272,47 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("nybble::linear", _linear_backward, setup_context=_linear_setup)
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+) -> Tensor:
+    """`torch.ops.nybble.linear`; calls the CPU kernel itself where nothing else has a say.
+
+    For a small layer and one row, torch's way to a kernel in Python takes longer than the kernel.
+    """
+    arguments = (
+        *(x, packed, absmax, nested_absmax, nested_offset, bias),
+        *(format, blocksize, shape),
+    )
+    wants_gradient = torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if torch.compiler.is_compiling() or wants_gradient or not _is_plain(x, packed):
+        result: Tensor = torch.ops.nybble.linear(*arguments)
+        return result
+    return _linear_cpu(*arguments)
+
+
+def _is_plain(x: Tensor, packed: Tensor) -> bool:
+    """Whether no subclass, mode or transform of torch wants to see what is done with these."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and packed.is_cpu
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+    )
 
 
 # --- embedding ------------------------------------------------------------------------------
@@ -380,6 +423,5 @@ torch.library.register_autograd(
 
 quantize: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.nybble.quantize
 dequantize: Callable[..., Tensor] = torch.ops.nybble.dequantize
-linear: Callable[..., Tensor] = torch.ops.nybble.linear
 embedding: Callable[..., Tensor] = torch.ops.nybble.embedding
 int8_linear: Callable[..., Tensor] = torch.ops.nybble.int8_linear

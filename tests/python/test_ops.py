@@ -138,3 +138,25 @@ def test_outlier_columns_are_multiplied_in_full_precision():
     coarse = (ops.int8_linear(x, q.packed, q.absmax, None, 0.0) - exact).abs().max()
     fine = (ops.int8_linear(x, q.packed, q.absmax, None, 6.0) - exact).abs().max()
     assert fine < coarse / 5
+
+
+def test_the_short_way_is_not_taken_where_torch_wants_to_see_the_op():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    q = nb.quantize(torch.randn(8, 64))
+    x = torch.randn(2, 64)
+    with Watch():
+        watched = nb.linear(x, q)
+    assert "nybble.linear.default" in seen
+    assert torch.equal(watched, nb.linear(x, q))
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x: nb.linear(x, q))(x)
+    assert "nybble.linear" in graph.code
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert nb.linear(mode.from_tensor(x), q).shape == (2, 8)

@@ -1,6 +1,6 @@
 //! The threads that large tensors are split over.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -14,13 +14,17 @@ struct Made {
 static POOL: Mutex<Option<Made>> = Mutex::new(None);
 
 /// The number of threads to use when the caller names none: `NYBBLE_NUM_THREADS`, else
-/// `OMP_NUM_THREADS`, else what the machine has.
+/// `OMP_NUM_THREADS`, else what the machine has. Asked once: the answer takes files to read, which
+/// costs more than to decode a small tensor.
 pub fn default_threads() -> usize {
-    ["NYBBLE_NUM_THREADS", "OMP_NUM_THREADS"]
-        .iter()
-        .filter_map(|name| std::env::var(name).ok()?.parse().ok())
-        .find(|threads| *threads > 0)
-        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+    static THREADS: OnceLock<usize> = OnceLock::new();
+    *THREADS.get_or_init(|| {
+        ["NYBBLE_NUM_THREADS", "OMP_NUM_THREADS"]
+            .iter()
+            .filter_map(|name| std::env::var(name).ok()?.parse().ok())
+            .find(|threads| *threads > 0)
+            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+    })
 }
 
 /// Runs `work` with rayon's parallel iterators spread over `threads` threads.
