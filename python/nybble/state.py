@@ -134,7 +134,10 @@ def _blockwise(tensors: Mapping[str, torch.Tensor], name: str, key: str) -> dict
     nested = offset is not None
     blocksize, packed_len, scales, nested_scales = _core.layout(format, shape, blocksize, nested)
     packed = _get(tensors, name)
+    spare = packed.dtype.itemsize - 1  # bytes that fill the last element of a wider storage dtype
     packed = packed.flatten().view(torch.uint8)
+    if packed_len < packed.numel() <= packed_len + spare:
+        packed = packed[:packed_len]
     absmax = _get(tensors, f"{name}.absmax")
     _check(name, packed, torch.uint8, packed_len)
     _check(f"{name}.absmax", absmax, reference.scale_dtype(format, nested), scales)

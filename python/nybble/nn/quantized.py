@@ -14,6 +14,8 @@ from nybble.errors import CheckpointError, FormatError
 from nybble.functional import quantize
 from nybble.qtensor import QTensor
 
+_SCALES = ("absmax", "nested_absmax", "nested_offset")
+
 
 class QuantizedModule(nn.Module):
     """A module whose weight is quantized.
@@ -29,9 +31,12 @@ class QuantizedModule(nn.Module):
         shape: Shape of the weight that is stored.
         dtype: Dtype that the weight had.
         compute_dtype: Dtype in which products are computed; None for that of the input.
+        storage: Dtype under which a state dict shows the bytes of 4-bit codes, bitsandbytes'
+            `quant_storage`. In memory they are always uint8.
     """
 
     bits: int  # of the formats that a subclass takes
+    storage: torch.dtype = torch.uint8
 
     weight: nn.Parameter
     absmax: torch.Tensor
@@ -57,10 +62,11 @@ class QuantizedModule(nn.Module):
         self.dtype = q.dtype
         packed = q.packed if q.format == "int8" else q.packed.reshape(-1, 1)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        # Buffers, so that every way of moving a module finds them; their names in files differ.
-        self.register_buffer("absmax", q.absmax, persistent=False)
-        self.register_buffer("nested_absmax", q.nested_absmax, persistent=False)
-        self.register_buffer("nested_offset", q.nested_offset, persistent=False)
+        # Buffers, so that every way of moving a module finds them; persistent, since loaders may
+        # make other buffers anew. State dicts have them under other names all the same.
+        self.register_buffer("absmax", q.absmax)
+        self.register_buffer("nested_absmax", q.nested_absmax)
+        self.register_buffer("nested_offset", q.nested_offset)
 
     @property
     def qtensor(self) -> QTensor:
@@ -103,25 +109,30 @@ class QuantizedModule(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        held = {
-            id(tensor)
-            for tensor in (self.weight, self.absmax, self.nested_absmax, self.nested_offset)
-            if tensor is not None
-        }
+        held = {id(tensor) for tensor in self._held("").values()}
         # Parameters are handed to `fn` as themselves, so identity tells ours from the bias.
         return super()._apply(  # type: ignore[no-untyped-call]
             lambda tensor: without_cast(tensor) if id(tensor) in held else fn(tensor), recurse
         )
 
+    def _held(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The tensors of the quantized weight by their names in this module."""
+        named = {name: getattr(self, name) for name in ("weight", *_SCALES)}
+        return {prefix + name: tensor for name, tensor in named.items() if tensor is not None}
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Write the weight under bitsandbytes' key scheme."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(prefix + "weight")
+        for name in ("weight", *_SCALES):
+            destination.pop(prefix + name, None)
         if self.weight.device.type == "meta":
             # The text of nested scales needs their offset; a meta module has no bytes to save.
             destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
             return
-        destination.update(self.qtensor.state_dict(prefix))
+        tensors = self.qtensor.state_dict(prefix)
+        if self.storage != torch.uint8 and self.bits == 4:
+            tensors[prefix + "weight"] = _stored_as(self.storage, tensors[prefix + "weight"])
+        destination.update(tensors)
 
     def _load_from_state_dict(
         self,
@@ -136,7 +147,7 @@ class QuantizedModule(nn.Module):
         """Take a quantized weight as it is, or quantize a dense one of the right shape."""
         own = state.keys(state_dict, prefix)
         others = {key: value for key, value in state_dict.items() if key not in own}
-        others[prefix + "weight"] = self.weight  # already in place for the base class
+        others.update(self._held(prefix))  # already in place for the base class
         name = prefix + "weight"
         if name not in state_dict:
             missing_keys.append(name)
@@ -151,7 +162,7 @@ class QuantizedModule(nn.Module):
                 if not local_metadata.get("assign_to_params_buffers", False):
                     q = self._on_own_device(q)
                 self.hold(q)
-                others[name] = self.weight
+                others.update(self._held(prefix))
             except (CheckpointError, FormatError) as error:
                 error_msgs.append(str(error))
         super()._load_from_state_dict(
@@ -198,6 +209,13 @@ class QuantizedModule(nn.Module):
         blocks = "" if self.format == "int8" else f", blocksize={self.blocksize}"
         compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
         return f"{', '.join(map(str, self.shape))}, format={self.format}{blocks}{nested}{compute}"
+
+
+def _stored_as(dtype: torch.dtype, packed: torch.Tensor) -> torch.Tensor:
+    """The same bytes as [n, 1] of another dtype; zeros fill the last element."""
+    flat = packed.flatten()
+    missing = -flat.numel() % dtype.itemsize
+    return nn.functional.pad(flat, (0, missing)).view(dtype).reshape(-1, 1)
 
 
 def _clone(tensor: torch.Tensor | None) -> torch.Tensor | None:

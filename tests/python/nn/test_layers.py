@@ -235,3 +235,19 @@ def test_an_embedding_that_renormalizes_is_refused():
 def test_a_class_refuses_formats_of_another_width():
     with pytest.raises(nb.FormatError, match="8-bit class"):
         Linear4bit(64, 16, format="int8")
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(16, 64), (3, 7)])
+def test_a_storage_dtype_changes_the_state_dict_and_nothing_else(
+    storage: torch.dtype, shape: tuple[int, int]
+) -> None:
+    layer = nb.nn.Linear4bit.from_linear(nn.Linear(shape[1], shape[0], bias=False), "nf4")
+    layer.storage = storage
+    stored = layer.state_dict()["weight"]
+    assert stored.dtype == storage
+    assert layer.weight.dtype == torch.uint8
+    other = nb.nn.Linear4bit(shape[1], shape[0], bias=False)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.weight, layer.weight)
+    assert torch.equal(other.dequantize(), layer.dequantize())
