@@ -42,11 +42,12 @@ def to_state_dict(q: QTensor, prefix: str) -> dict[str, torch.Tensor]:
         }
     tensors = {name: q.packed.reshape(-1, 1), f"{name}.absmax": q.absmax}
     if q.quant_map is not None:
-        tensors[f"{name}.quant_map"] = q.quant_map
+        # A copy, since those who write files refuse tensors that share memory.
+        tensors[f"{name}.quant_map"] = q.quant_map.clone()
     offset = None
     if q.nested_absmax is not None and q.nested_offset is not None:
         tensors[f"{name}.nested_absmax"] = q.nested_absmax
-        tensors[f"{name}.nested_quant_map"] = reference.codebook("dynamic8", q.device)
+        tensors[f"{name}.nested_quant_map"] = reference.codebook("dynamic8", q.device).clone()
         offset = q.nested_offset.item()
     dtype = str(q.dtype).removeprefix("torch.")
     text = _core.render_quant_state(q.format, q.blocksize, dtype, list(q.shape), offset).encode()

@@ -83,12 +83,7 @@ class NybbleConfig(QuantizationConfigMixin):
         self._check()
 
     def _check(self) -> None:
-        row = reference.spec(self.format)
-        if row["decode"] == "dense":
-            raise FormatError(
-                f"'{self.format}' is a dense dtype, not a format to quantize to; for a dense model"
-                " leave quantization_config out and pass dtype="
-            )
+        _core.layout(self.format, [1], None, False)  # is it a format to quantize to?
         blocksize = None if reference.is_row_wise(self.format) else self.blocksize
         _core.layout(self.format, [1], blocksize, self.nested)
         _core.Rules(self.skip or [], self.overrides)
@@ -170,9 +165,13 @@ def bitsandbytes_entry(
             bnb_4bit_quant_storage=storage,
             **common,
         )
-    entry: dict[str, Any] = config.to_dict()
-    entry["quant_method"] = str(getattr(config.quant_method, "value", config.quant_method))
-    return entry
+    return plain(config.to_dict())
+
+
+def plain(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry with text in place of transformers' enumeration of methods."""
+    method = entry.get("quant_method")
+    return {**entry, "quant_method": str(getattr(method, "value", method))}
 
 
 def _refuse_unknown(others: Mapping[str, Any]) -> None:

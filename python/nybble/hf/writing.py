@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from nybble.errors import FormatError
-from nybble.hf.config import NybbleConfig, ServedConfig, bitsandbytes_entry
+from nybble.hf import choice
+from nybble.hf.config import NybbleConfig, ServedConfig, bitsandbytes_entry, plain
 from nybble.nn.embedding import QuantizedEmbedding
 from nybble.nn.quantized import QuantizedModule
 
@@ -62,9 +64,12 @@ def _entry(model: Any) -> dict[str, Any]:
     }
     _refuse(model, layers)
     config = getattr(model.config, "quantization_config", None)
-    if isinstance(config, ServedConfig):
-        return config.to_dict()
     example = next(iter(layers.values()))
+    if isinstance(config, (ServedConfig, BitsAndBytesConfig)):
+        entry: dict[str, Any] = config.to_dict()
+        said = choice.of(config, pre_quantized=True)
+        if (said.format, said.nested) == (example.format, example.nested_absmax is not None):
+            return plain(entry)
     compute = example.compute_dtype or example.dtype
     return bitsandbytes_entry(
         example.format,
