@@ -7,10 +7,10 @@ Importing this registers the quantization method `nybble` with transformers, so 
 
 from __future__ import annotations
 
-try:
-    import transformers as _transformers
-except ImportError as error:
-    raise ImportError("nybble.hf needs transformers: pip install transformers accelerate") from error
+from importlib.util import find_spec as _find_spec
+
+if _find_spec("transformers") is None:
+    raise ImportError("nybble.hf needs transformers: pip install transformers accelerate")
 
 from nybble.hf.bitsandbytes import (
     disable_bitsandbytes_checkpoints,

@@ -8,10 +8,10 @@ import warnings
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import auto
 
-import transformers
 from nybble.errors import CheckpointError
 from nybble.hf.config import METHOD, SERVED_METHOD
 from nybble.hf.quantizer import NybbleHfQuantizer

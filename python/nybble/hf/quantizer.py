@@ -41,6 +41,7 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
         """Take a `NybbleConfig`, a `ServedConfig` or transformers' `BitsAndBytesConfig`."""
         super().__init__(quantization_config, **kwargs)
         self.coverage: Coverage | None = None
+        self.reference: str | None = None  # whose bytes quantizing must give, as in nybble.quantize
         self.repair = False  # whether the checkpoint has weights that bitsandbytes damaged
 
     def is_serializable(self) -> bool:
@@ -105,6 +106,7 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self.repair = bool(found.damaged)
             if found.quantized_experts:
                 wanted = wanted.with_experts()
+        self.reference = wanted.reference
         self.coverage = choice.apply(wanted, model)
         if self.pre_quantized:
             logger.info("%s", f"{type(model).__name__}: quantized weights are served by nybble")

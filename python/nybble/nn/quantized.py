@@ -88,19 +88,26 @@ class QuantizedModule(nn.Module):
         decoded: torch.Tensor = self.qtensor.dequantize(dtype)
         return decoded
 
-    def requantize_(self, weight: torch.Tensor) -> None:
-        """Quantize another weight of the same shape into this module, with the same settings."""
+    def requantize_(self, weight: torch.Tensor, *, reference: str | None = None) -> None:
+        """Quantize another weight of the same shape into this module, with the same settings.
+
+        Args:
+            weight: Floating point, of `shape`.
+            reference: As in `nybble.quantize`.
+        """
         if weight.shape != self.shape:
             raise FormatError(
                 f"this module stores a weight of shape {tuple(self.shape)}, got"
                 f" {tuple(weight.shape)}"
             )
-        self.hold(self._quantized_like(weight))
+        self.hold(self._quantized_like(weight, reference))
 
-    def _quantized_like(self, weight: torch.Tensor) -> QTensor:
+    def _quantized_like(self, weight: torch.Tensor, reference: str | None = None) -> QTensor:
         blocksize = None if self.format == "int8" else self.blocksize
         nested = self.nested_absmax is not None
-        return quantize(weight.detach(), self.format, blocksize=blocksize, nested=nested)
+        return quantize(
+            weight.detach(), self.format, blocksize=blocksize, nested=nested, reference=reference
+        )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Move the quantized tensors, but never cast them; the bias follows the usual rules."""
