@@ -117,8 +117,8 @@ def _skip(
             should_convert_module(path, patterns) for path in dense
         )
 
-    if fits([*get_keys_to_not_convert(model), *fp32]):
-        return None
     if asked and fits([*asked, *fp32]):
         return list(asked)
+    if fits([*get_keys_to_not_convert(model), *fp32]):
+        return None
     return dense
