@@ -25,7 +25,7 @@ _REFERENCES = (None, "exact", "bitsandbytes-cpu")
 _ALIASES = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}
 
 
-class NybbleConfig(QuantizationConfigMixin):
+class NybbleConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Pass it as `quantization_config` to quantize a model while it is loaded.
 
     Everything is checked here, before a model is touched.
@@ -117,7 +117,7 @@ class NybbleConfig(QuantizationConfigMixin):
         }
 
 
-class ServedConfig(QuantizationConfigMixin):
+class ServedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a bitsandbytes checkpoint whose weights nybble serves.
 
     It keeps what the checkpoint says, and writes it again when the model is saved.

@@ -135,9 +135,9 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return state.flat_int8(model.state_dict()), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        if isinstance(dtype, str):  # what save_pretrained leaves in the config
-            dtype = getattr(torch, dtype)
-        dequantize_model(model, dtype)
+        # save_pretrained leaves text in the config, from which this dtype comes.
+        to: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dequantize_model(model, to)
         if hasattr(model, "_weight_conversions"):
             del model._weight_conversions  # the dense model is saved like any other
         return model
