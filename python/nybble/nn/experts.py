@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 #: `3.up_proj`, a view [out, in] of the weight and a view [out] of the bias or None.
 Make = Callable[[str, torch.Tensor, "torch.Tensor | None"], nn.Module]
 
-DEFAULT_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-
 
 class QuantizedExperts(nn.Module):
     """The experts of one layer, each with linear layers of its own.
@@ -255,6 +253,14 @@ def experts_class(bits: int) -> type[Experts4bit] | type[Experts8bit]:
     return Experts4bit if bits == Experts4bit.bits else Experts8bit
 
 
+def projection_roles(fused: Fused, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Name (`3.up_proj`) and role of every projection of a layer's experts."""
+    pairs = list(zip(names, fused.roles, strict=True))
+    return [
+        (f"{expert}.{name}", role) for expert in range(fused.num_experts) for name, role in pairs
+    ]
+
+
 def quantized_projection(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -282,7 +288,7 @@ def dense_projection(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Line
 
 def _names(fused: Fused, names: Sequence[str] | None) -> dict[str, str]:
     if names is None:
-        return {role: DEFAULT_NAMES[role] for role in fused.roles}
+        names = fused.default_names
     if len(set(names)) != len(fused.roles) or any("." in name or not name for name in names):
         raise FormatError(
             f"these experts need {len(fused.roles)} different names, for"

@@ -48,6 +48,11 @@ class Fused:
         return ("gate", "up", "down") if self.gated else ("up", "down")
 
     @property
+    def default_names(self) -> tuple[str, ...]:
+        """What most files call these projections."""
+        return tuple(f"{role}_proj" for role in self.roles)
+
+    @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the fused parameters."""
         out = self.intermediate_size * (2 if self.gated else 1)
@@ -63,6 +68,11 @@ class Fused:
             shapes[f"{up}_bias"] = (self.num_experts, out)
             shapes[f"{_DOWN}_bias"] = (self.num_experts, self.hidden_size)
         return shapes
+
+    def shape(self, role: str) -> tuple[int, int]:
+        """The shape of one matrix [out, in]."""
+        inner, outer = self.intermediate_size, self.hidden_size
+        return (outer, inner) if role == "down" else (inner, outer)
 
     def parameter(self, role: str) -> str:
         """The parameter that holds a projection of all experts."""
