@@ -58,10 +58,6 @@ class Wanted:
     reference: str | None = None
     strict: bool = False
 
-    def with_experts(self) -> Wanted:
-        """The same, with experts quantized."""
-        return replace(self, experts=True)
-
 
 def of(config: Any, pre_quantized: bool) -> Wanted:
     """Understand a config.
@@ -135,6 +131,7 @@ def apply(wanted: Wanted, model: Any) -> Coverage:
         compute_dtype=wanted.compute_dtype,
         skip=[*wanted.skip, *alone],
         overrides=wanted.overrides,
+        experts=wanted.experts,
     )
     lacking = [pattern for pattern in coverage.unused if pattern in wanted.overrides]
     if wanted.strict and lacking:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> Any:
         """Quantized experts keep the names that each expert has in the checkpoint."""
-        kept = conversions.without_quantized_experts(weight_conversions, model)
+        kept = conversions.for_quantized_experts(weight_conversions, model)
         return super().update_weight_conversions(kept, model)
 
     def _process_model_before_weight_loading(
@@ -104,15 +105,15 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             found = checks.before_loading(checkpoint_files)
             self.repair = bool(found.damaged)
-            if found.quantized_experts:
-                wanted = wanted.with_experts()
+            wanted = replace(wanted, experts=found.quantized_experts)
         self.reference = wanted.reference
         self.coverage = choice.apply(wanted, model)
         if self.pre_quantized:
             logger.info("%s", f"{type(model).__name__}: quantized weights are served by nybble")
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        conversions.finish_experts(model)
+        if hasattr(model, "_weight_conversions"):
+            model._weight_conversions = conversions.for_saving(model._weight_conversions)
         fresh = []
         for path, module in list(model.named_modules()):
             if isinstance(module, QuantizedModule) and not _is_loaded(module):

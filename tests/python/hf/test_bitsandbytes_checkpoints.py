@@ -113,10 +113,11 @@ def test_a_model_is_saved_as_it_was_after_any_use(
     model = load(golden / kind)
     logits(model, ids(golden / kind))
     model.save_pretrained(tmp_path / "saved")
-    if "legacy" in kind:  # the names that each expert has stay; the config is transformers 5's
-        assert stored(tmp_path / "saved").keys() == stored(golden / kind).keys()
-        return
     assert_same_files(tmp_path / "saved", golden / kind)
+    if "legacy" in kind:  # transformers 5 and bitsandbytes would not load it again
+        with pytest.raises(FormatError, match="quantized expert"):
+            hf.save_bitsandbytes(model, tmp_path / "theirs")
+        return
     hf.save_bitsandbytes(model, tmp_path / "theirs")
     assert_same_files(tmp_path / "theirs", golden / kind)
 
