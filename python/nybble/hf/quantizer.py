@@ -17,6 +17,7 @@ from nybble.errors import DeviceError
 from nybble.hf import checks, choice, conversions
 from nybble.hf.loading import STORED_NAMES, Deserialize, Quantize, make_dense
 from nybble.nn.coverage import Coverage
+from nybble.nn.experts import QuantizedExperts
 from nybble.nn.quantized import QuantizedModule
 from nybble.nn.replace import dequantize_model
 
@@ -35,15 +36,20 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = False
     is_trainable = True
-    is_compileable = True
     serialized_names = {"weight": STORED_NAMES}  # noqa: RUF012 (transformers reads the class's)
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         """Take a `NybbleConfig`, a `ServedConfig` or transformers' `BitsAndBytesConfig`."""
         super().__init__(quantization_config, **kwargs)
         self.coverage: Coverage | None = None
+        self._has_experts = False
         self.reference: str | None = None  # whose bytes quantizing must give, as in nybble.quantize
         self.repair = False  # whether the checkpoint has weights that bitsandbytes damaged
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether generate may compile the model: which expert is asked depends on the data."""
+        return not self._has_experts
 
     def is_serializable(self) -> bool:
         """Saving writes quantized weights as they are."""
@@ -108,6 +114,7 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
             wanted = replace(wanted, experts=found.quantized_experts)
         self.reference = wanted.reference
         self.coverage = choice.apply(wanted, model)
+        self._has_experts = any(isinstance(m, QuantizedExperts) for m in model.modules())
         if self.pre_quantized:
             logger.info("%s", f"{type(model).__name__}: quantized weights are served by nybble")
 
