@@ -28,6 +28,7 @@ _TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
 }
 
+
 def lora_config(
     model: nn.Module,
     r: int = 16,

@@ -33,7 +33,7 @@ class DoraVariant(LoraVariant):  # type: ignore[misc]  # peft has no types
     @staticmethod
     def forward(
         module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
-    ) -> torch.Tensor:  # noqa: D417
+    ) -> torch.Tensor:
         """The result of the layer with this adapter, given that without it."""
         del kwargs
         dropout = module.lora_dropout[active_adapter]
@@ -50,9 +50,7 @@ class DoraVariant(LoraVariant):  # type: ignore[misc]  # peft has no types
         return result + update
 
     @staticmethod
-    def merge_safe(
-        module: Any, active_adapter: str, orig_weight: torch.Tensor
-    ) -> torch.Tensor:
+    def merge_safe(module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         """The weight [out_features, in_features] with this adapter in it.
 
         Norms are those of the weight without any adapter, as in `forward`.

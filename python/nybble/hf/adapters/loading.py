@@ -136,8 +136,7 @@ def _check_fit(path: str, shapes: Mapping[str, tuple[int, ...]], base: nn.Module
             features = getattr(layer, feature)
             if shape[dimension] != features:
                 problems.append(
-                    f"'{name}' has shape {list(shape)}, and '{layer_name}' has {features}"
-                    f" {feature}"
+                    f"'{name}' has shape {list(shape)}, and '{layer_name}' has {features} {feature}"
                 )
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

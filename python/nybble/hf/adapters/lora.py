@@ -31,6 +31,25 @@ class LoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]  # peft has no typ
     base: its `compute_dtype`, or the dtype that its weight had.
     """
 
+    # What LoraLayer brings, for the type checker.
+    base_layer: Any
+    lora_A: Any  # noqa: N815
+    lora_B: Any  # noqa: N815
+    lora_bias: Any
+    lora_dropout: Any
+    lora_variant: Any
+    scaling: Any
+    merged: bool
+    merged_adapters: list[str]
+    active_adapters: list[str]
+    disable_adapters: bool
+    get_base_layer: Any
+    _cast_input_dtype: Any
+    _check_forward_args: Any
+    _mixed_batch_forward: Any
+    _unmerged: QTensor | None
+    _unmerged_bias: torch.Tensor | None
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -53,8 +72,8 @@ class LoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]  # peft has no typ
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False  # codes are [out, in], also of layers made from Conv1D
-        self._unmerged: QTensor | None = None
-        self._unmerged_bias: torch.Tensor | None = None
+        self._unmerged = None
+        self._unmerged_bias = None
         self._active_adapter = adapter_name
         self.update_layer(
             adapter_name,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from nybble.errors import FormatError
+from nybble.errors import DeviceError, FormatError
 from nybble.hf.adapters.packages import peft
 from nybble.nn.replace import dequantize_model
 
@@ -100,9 +101,7 @@ class MergeReport:
         return "\n".join([total, *rows])
 
 
-def merge(
-    model: Any, to: str = "bf16", *, adapter_names: Sequence[str] | None = None
-) -> nn.Module:
+def merge(model: Any, to: str = "bf16", *, adapter_names: Sequence[str] | None = None) -> nn.Module:
     """Merge adapters into the base model and take PEFT's wrappers off.
 
     The sum of decoded weight and updates is exact (float32) and rounded once. With "same" that
@@ -126,6 +125,7 @@ def merge(
         ImportError: PEFT is not installed.
         FormatError: An unknown `to`, a model without adapters, an unknown adapter, or an adapter
             whose values are not finite. Nothing was changed then.
+        DeviceError: The weights are sharded over processes.
     """
     if to != SAME and to not in _DTYPES:
         known = [*_DTYPES, SAME]
@@ -137,14 +137,11 @@ def merge(
             f"merge takes a PeftModel, got {type(model).__name__}; it has no adapter to merge"
         )
     names = _adapters(model, adapter_names)
+    layers = [(name, layer, _own(layer, names)) for name, layer in _lora_layers(model)]
+    for name, layer, own in layers:
+        _check(name, layer, own)
     dtype = _DTYPES.get(to)
-    layers = list(_lora_layers(model))
-    for _, layer in layers:  # whatever is wrong is found before anything changes
-        own = _own(layer, names)
-        layer.merged_bias(own)
-    rows: list[MergedLayer] = []
-    for name, layer in layers:
-        rows.append(_merge_layer(model, name, layer, _own(layer, names), dtype))
+    rows = [_merge_layer(model, name, layer, own, dtype) for name, layer, own in layers]
     merged: nn.Module = model.merge_and_unload(adapter_names=names)
     if dtype is not None:
         _make_dense(merged, dtype)
@@ -152,3 +149,109 @@ def merge(
     merged.merge_report = report  # type: ignore[assignment]
     _LOG.log(logging.WARNING if to == SAME else logging.INFO, "%s", report)
     return merged
+
+
+def _adapters(model: Any, names: Sequence[str] | None) -> list[str]:
+    chosen = list(model.active_adapters if names is None else names)
+    for name in chosen:
+        if name not in model.peft_config:
+            known = ", ".join(model.peft_config)
+            raise FormatError(f"the model has no adapter '{name}'; it has: {known}")
+        if not isinstance(model.peft_config[name], peft().LoraConfig):
+            raise FormatError(
+                f"adapter '{name}' is of kind {model.peft_config[name].peft_type}, and only LoRA"
+                " can be merged into weights"
+            )
+    return chosen
+
+
+def _lora_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    from nybble.hf.adapters.lora import LoraLinear
+
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLinear):
+            yield name, module
+
+
+def _own(layer: Any, names: Sequence[str]) -> list[str]:
+    """The adapters that this layer has, those that were merged already first."""
+    merged = list(layer.merged_adapters)
+    return [*merged, *(name for name in names if name in layer.lora_A and name not in merged)]
+
+
+def _check(name: str, layer: Any, own: Sequence[str]) -> None:
+    """Find what could go wrong before anything is changed."""
+    base = layer.get_base_layer()
+    if hasattr(base.weight, "full_tensor"):
+        raise DeviceError(
+            f"'{name}' is sharded over processes (FSDP); save the adapter, load it onto the model"
+            " in one process, and merge there"
+        )
+    layer.merged_bias(own)
+    for adapter in own:
+        for part in (layer.lora_A[adapter], layer.lora_B[adapter]):
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in part.parameters()):
+                raise FormatError(
+                    f"adapter '{adapter}' has values in '{name}' that are not finite; its training"
+                    " has diverged, or it was damaged"
+                )
+
+
+def _merge_layer(
+    model: Any, name: str, layer: Any, own: Sequence[str], dtype: torch.dtype | None
+) -> MergedLayer:
+    """Replace one LoRA layer by its base layer with the adapters in it."""
+    base, before = layer.get_base_layer(), layer.unmerged
+    exact, bias = layer.merged_weight(own), layer.merged_bias(own)
+    replacement: Any = base
+    if dtype is None:
+        base.requantize_(exact)
+        stored = base.dequantize(torch.float32)
+    else:
+        stored = exact.to(dtype)
+        replacement = base.to_linear(dtype)
+        oriented = stored.T.contiguous() if base.transposed else stored
+        replacement.weight = nn.Parameter(oriented, requires_grad=False)
+    if bias is not None:
+        replacement.bias.data = bias.detach().to(dtype or bias.dtype)
+    whole = model.get_base_model()
+    for alias, module in list(whole.named_modules(remove_duplicate=False)):
+        if module is layer:
+            whole.set_submodule(alias, replacement)
+    return MergedLayer(
+        name=name,
+        before=before.format,
+        after=base.format if dtype is None else str(dtype).removeprefix("torch."),
+        weight_norm=_frobenius(exact),
+        update_norm=_frobenius(exact - before.dequantize(torch.float32)),
+        error_norm=_frobenius(stored.float() - exact),
+    )
+
+
+def _make_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make what is left of quantization dense too, and bring all weights to one dtype."""
+    dequantize_model(model, dtype)
+    # Buffers keep their dtype: those of rotary embeddings must stay float32.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if hasattr(config, "dtype"):
+        config.dtype = dtype
+
+
+def _frobenius(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+def _norm(values: Iterable[float]) -> float:
+    return math.sqrt(sum(value * value for value in values))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else (math.inf if part else 0.0)

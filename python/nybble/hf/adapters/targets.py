@@ -113,9 +113,7 @@ def _check_targets(targets: str | Iterable[str], layers: dict[str, nn.Module]) -
             ends = {name.rpartition(".")[2] for name in layers}
             close = difflib.get_close_matches(target, [*ends, *layers], n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"example: '{_example(layers)}'"
-            raise FormatError(
-                f"no module is called '{target}', nor ends in '.{target}'; {hint}"
-            )
+            raise FormatError(f"no module is called '{target}', nor ends in '.{target}'; {hint}")
 
 
 def _example(layers: dict[str, nn.Module]) -> str:
