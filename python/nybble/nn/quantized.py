@@ -165,12 +165,10 @@ class QuantizedModule(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Take a quantized weight as it is, or quantize a dense one of the right shape."""
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if is_sharded(self.weight) or prefix + _SCALES[0] in state_dict:
-            if not self._is_held_alike(state_dict, prefix, error_msgs):
-                return
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
+            if self._is_held_alike(state_dict, prefix, error_msgs):
+                super()._load_from_state_dict(state_dict, prefix, *rest)
             return
         own = state.keys(state_dict, prefix)
         others = {key: value for key, value in state_dict.items() if key not in own}
@@ -192,9 +190,7 @@ class QuantizedModule(nn.Module):
                 others.update(self._held(prefix))
             except (CheckpointError, FormatError) as error:
                 error_msgs.append(str(error))
-        super()._load_from_state_dict(
-            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(others, prefix, *rest)
 
     def _is_held_alike(self, state_dict: Any, prefix: str, error_msgs: list[str]) -> bool:
         """Whether a state dict has the tensors of this module under their names here."""

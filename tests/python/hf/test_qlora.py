@@ -178,7 +178,7 @@ def test_the_trainer_of_transformers_trains_and_saves_an_adapter(tmp_path):
     before = held(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    rows = [{"input_ids": row, "labels": row} for row in batch()]  # a whole batch: order does not matter
+    rows = [{"input_ids": row, "labels": row} for row in batch()]  # one batch, in any order
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=4,

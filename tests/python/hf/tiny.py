@@ -40,7 +40,7 @@ def dense(dtype: torch.dtype = torch.float32, layers: int = 2) -> Any:
 
 
 def with_dtype(model: Any, dtype: torch.dtype) -> Any:
-    """Cast parameters; the buffers of rotary embeddings stay float32, as transformers loads them."""
+    """Cast parameters; buffers of rotary embeddings stay float32, as transformers loads them."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -68,7 +68,7 @@ def adapted(model: nn.Module, **options: Any) -> Any:
     """The model with a LoRA adapter as in the reference runs."""
     torch.manual_seed(1)
     options = {"r": 8, "lora_alpha": 16, **options}
-    return peft.get_peft_model(model, nybble.hf.lora_config(model, **options))
+    return peft.get_peft_model(model, nybble.hf.lora_config(model, **options)).eval()
 
 
 def stir(model: nn.Module, seed: int = 3) -> None:

@@ -13,6 +13,7 @@ from nybble.errors import FormatError
 from nybble.hf.adapters.packages import peft
 from nybble.hf.adapters.support import check_supported
 from nybble.hf.adapters.targets import (
+    check_trained_whole,
     is_all_linear,
     linear_names,
     shortest_names,
@@ -70,6 +71,7 @@ def lora_config(
         target_modules = shortest_names(base, linear_names(base, task))
     config = lora(r=r, lora_alpha=lora_alpha, target_modules=target_modules, **options)
     targets = target_layers(base, config)
+    check_trained_whole(base, config.modules_to_save or ())
     if "fan_in_fan_out" not in options:
         config.fan_in_fan_out = all(_is_transposed(layer) for layer in targets.values())
     if any(isinstance(layer, QuantizedLinear) for layer in targets.values()):

@@ -10,6 +10,19 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 
 
+class RowLengths(DoraLinearLayer):  # type: ignore[misc]  # peft has no types
+    """The learned lengths `m` [out_features] of one adapter.
+
+    A row of zeros, which quantized weights have now and then, starts with length 0 and stays as
+    it is, where a division of 0 by 0 would give NaN.
+    """
+
+    def get_weight_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Norm of each row, 1 for a row of zeros."""
+        norm: torch.Tensor = super().get_weight_norm(*args, **kwargs)
+        return torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
 class DoraVariant(LoraVariant):  # type: ignore[misc]  # peft has no types
     """Weight-decomposed LoRA (DoRA, arXiv:2402.09353).
 
@@ -21,13 +34,10 @@ class DoraVariant(LoraVariant):  # type: ignore[misc]  # peft has no types
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:  # noqa: ARG004
         """Start with the row lengths of the decoded weight, so that nothing changes at first."""
-        layer = DoraLinearLayer(fan_in_fan_out=False)
-        layer.update_layer(
-            base_layer=_dense(module, torch.float32),
-            lora_A=module.lora_A[adapter_name].weight,
-            lora_B=module.lora_B[adapter_name].weight,
-            scaling=module.scaling[adapter_name],
-        )
+        base, delta = module.unmerged.dequantize(torch.float32), module.delta(adapter_name)
+        layer = RowLengths(fan_in_fan_out=False)
+        norm = torch.linalg.vector_norm(base + delta, dim=1).detach()
+        layer.weight = nn.Parameter(norm)  # float32: rounded lengths would change every row
         module.lora_magnitude_vector[adapter_name] = layer
 
     @staticmethod

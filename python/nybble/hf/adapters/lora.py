@@ -142,7 +142,7 @@ class LoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]  # peft has no typ
             adapted: torch.Tensor = variant.forward(self, active_adapter=name, x=x, result=result)
             return adapted.to(result.dtype)
         low = self.lora_A[name](self.lora_dropout[name](x))
-        update = self.lora_B[name](low) * self.scaling[name]
+        update: torch.Tensor = self.lora_B[name](low) * self.scaling[name]
         return result + update.to(result.dtype)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:

@@ -25,6 +25,7 @@ and cannot take codes and floats together.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    tensors: dict[str, torch.Tensor] = get_model_state_dict(model, options=options)
+    tensors: dict[str, Any] = get_model_state_dict(model, options=options)
     for path, module in model.named_modules():
         if isinstance(module, QuantizedModule) and f"{path}.absmax" in tensors:
             tensors.update(_gathered(module, tensors, f"{path}.").state_dict(f"{path}."))

@@ -68,12 +68,20 @@ def linear_names(model: nn.Module, task: str | None) -> list[str]:
     return names
 
 
-def shortest_names(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The last parts of these names, where they mean only these modules; else the whole names."""
+def shortest_names(model: nn.Module, names: Iterable[str]) -> list[str] | str:
+    """What `target_modules` says to mean exactly these modules.
+
+    The last parts of the names where they mean only these, as people write them; else whole names;
+    and a regular expression where a whole name is the end of another module's.
+    """
     chosen = set(names)
-    others = {name.rpartition(".")[2] for name, _ in named_layers(model) if name not in chosen}
+    others = {name for name, _ in named_layers(model)} - chosen
+    other_ends = {name.rpartition(".")[2] for name in others}
     ends = {name: name.rpartition(".")[2] for name in chosen}
-    return sorted({name if end in others else end for name, end in ends.items()})
+    short = sorted({name if end in other_ends else end for name, end in ends.items()})
+    if any(other.endswith(f".{name}") for name in short for other in others):
+        return "|".join(re.escape(name) for name in sorted(chosen))
+    return short
 
 
 def target_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:
@@ -92,6 +100,21 @@ def target_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:
                 " so leave it out of target_modules"
             )
     return found
+
+
+def check_trained_whole(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse `modules_to_save` that hold quantized weights: those have no gradient.
+
+    Raises:
+        FormatError: The module, and what to do.
+    """
+    for name, layer in named_layers(model):
+        for wanted in names:
+            if isinstance(layer, QuantizedModule) and f".{wanted}." in f".{name}.":
+                raise FormatError(
+                    f"modules_to_save trains '{wanted}' whole, but '{name}' is quantized; leave it"
+                    " out, make it a target, or skip it when the model is quantized"
+                )
 
 
 def _matches(config: Any, name: str) -> bool:
