@@ -79,6 +79,11 @@ def from_pretrained(
         entry = _entry(holder)
     if entry is not None:
         method = _method(entry)
+        if kwargs.get("quantization_config") is not None:
+            raise CheckpointError(
+                f"{path} is quantized already, by '{method}'; leave quantization_config out, or"
+                " quantize the original model"
+            )
         if method == _THEIRS:
             name = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
             holder.quantization_config = {
