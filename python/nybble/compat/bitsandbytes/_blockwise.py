@@ -9,7 +9,7 @@ import torch
 import nybble
 from nybble import ops, reference
 from nybble.compat.bitsandbytes import _codebooks
-from nybble.compat.bitsandbytes._quant_state import QuantState
+from nybble.compat.bitsandbytes._quant_state import QuantState, has_dynamic_code
 from nybble.errors import FormatError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -153,7 +153,7 @@ def dequantize_blockwise(
         raise FormatError(
             f"{A.numel()} codes in blocks of {size} need {blocks} scales, got {scales.numel()}"
         )
-    if quant_state.dynamic and size in _blocksizes():
+    if has_dynamic_code(quant_state) and size in _blocksizes():
         how = (_DYNAMIC, size, list(A.shape), quant_state.dtype)
         values = ops.dequantize(A.contiguous(), scales, None, None, *how)
     else:

@@ -10,7 +10,7 @@ import nybble
 from nybble import ops, reference
 from nybble.compat.bitsandbytes._blockwise import block_scales, check_float, deliver
 from nybble.compat.bitsandbytes._maps import get_4bit_type
-from nybble.compat.bitsandbytes._quant_state import QuantState
+from nybble.compat.bitsandbytes._quant_state import QuantState, has_dynamic_code
 from nybble.errors import FormatError
 
 # The bytes of bitsandbytes' CPU path, the one of its two backends whose bytes are defined.
@@ -113,7 +113,7 @@ def parts(packed: torch.Tensor, state: QuantState) -> Parts:
     device, inner = packed.device, state.state2
     if inner is None:
         return packed, state.absmax.to(device, torch.float32), None, None
-    if inner.dynamic and inner.blocksize == reference.NESTED_BLOCKSIZE:
+    if inner.blocksize == reference.NESTED_BLOCKSIZE and has_dynamic_code(inner):
         assert state.offset is not None
         nested_absmax = inner.absmax.to(device)
         return packed, state.absmax.to(device), nested_absmax, state.offset.to(device)

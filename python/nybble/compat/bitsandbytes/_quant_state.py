@@ -48,7 +48,6 @@ class QuantState:
         offset: float32 mean of the scales if they are nested, else None.
         state2: State of the scales if they are nested, else None.
         nested: Whether they are.
-        dynamic: Whether `code` is the signed dynamic map, that of nybble's `dynamic8`.
     """
 
     valid_quant_types = ("fp4", "nf4")
@@ -84,7 +83,7 @@ class QuantState:
     @code.setter
     def code(self, code: torch.Tensor | None) -> None:
         # Looked at once, here, so that a forward pass need not compare tables.
-        self.dynamic = code is not None and _is_dynamic(code)
+        self._dynamic = code is not None and _is_dynamic(code)
         self._code = code
 
     def __getattr__(self, name: str) -> Any:
@@ -217,6 +216,11 @@ class QuantState:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def has_dynamic_code(state: Any) -> bool:
+    """Whether the table of a state, ours or bitsandbytes' own, is that of `dynamic8`."""
+    return state._dynamic if isinstance(state, QuantState) else _is_dynamic(state.code)
 
 
 def _check_entries(entries: Mapping[str, Any], needed: tuple[str, ...], known: list[str]) -> None:
