@@ -27,8 +27,10 @@ def _checked_device(device: Any) -> torch.device:
     return target
 
 
-def _rebuild(cls: Any, data: torch.Tensor, requires_grad: bool, state: dict[str, Any]) -> Any:
-    return cls(data, requires_grad=requires_grad, **state)
+def _rebuild(cls: Any, data: torch.Tensor, requires_grad: bool, attributes: Any) -> Any:
+    parameter = cls(data, requires_grad=requires_grad)
+    parameter.__dict__.update(attributes)
+    return parameter
 
 
 class _QuantizedParameter(torch.nn.Parameter):
@@ -36,9 +38,7 @@ class _QuantizedParameter(torch.nn.Parameter):
 
     def _rebuilt(self, data: torch.Tensor, **changes: Any) -> Any:
         """A new parameter with these data and the attributes of this one."""
-        attributes = {**self.__dict__, **changes}
-        attributes.setdefault("requires_grad", self.requires_grad)
-        return type(self)(data, **attributes)
+        return _rebuild(type(self), data, self.requires_grad, {**self.__dict__, **changes})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (type(self), self.data, self.requires_grad, dict(self.__dict__))
