@@ -16,6 +16,7 @@ from nybble.errors import FormatError
 # The bytes of bitsandbytes' CPU path, the one of its two backends whose bytes are defined.
 _REFERENCE = "bitsandbytes-cpu"
 _DEFAULT_BLOCKSIZE = 64
+_TYPES = QuantState.valid_quant_types
 _STORAGE = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 
 Parts = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None"]
@@ -27,9 +28,8 @@ def check_4bit(blocksize: int | None, quant_type: str | None, dtype: torch.dtype
     Raises:
         FormatError: Which of the three cannot be.
     """
-    known = QuantState.valid_quant_types
-    if quant_type not in known:
-        close = difflib.get_close_matches(str(quant_type).lower(), known, n=1)
+    if quant_type not in _TYPES:
+        close = difflib.get_close_matches(str(quant_type).lower(), _TYPES, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise FormatError(f"quant_type is 'nf4' or 'fp4', got {quant_type!r}{hint}")
     sizes = reference.spec(quant_type)["blocksizes"]
@@ -122,9 +122,10 @@ def parts(packed: torch.Tensor, state: QuantState) -> Parts:
 
 def how(state: QuantState) -> tuple[str, int, list[int]]:
     """Format, block size and shape, as nybble's ops take them."""
-    if state.shape is None or state.quant_type is None or state.blocksize is None:
+    if state.shape is None or state.blocksize is None or state.quant_type not in _TYPES:
         raise FormatError(
-            "this state is not that of a 4-bit weight: it lacks shape, quant_type or blocksize"
+            "this state is not that of a 4-bit weight: it needs shape, blocksize and quant_type"
+            f" nf4 or fp4, found {state.shape}, {state.blocksize} and {state.quant_type!r}"
         )
     return state.quant_type, state.blocksize, list(state.shape)
 

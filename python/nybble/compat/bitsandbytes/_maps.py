@@ -106,7 +106,7 @@ def create_dynamic_map(
     if len(values) != 2**total_bits:
         raise FormatError(
             f"max_exponent_bits={max_exponent_bits} with total_bits={total_bits} gives"
-            f" {len(values)} values, not {2**total_bits}; use at most total_bits - 1"
+            f" {len(values)} values, not {2**total_bits}; total_bits - 1 exponent bits always fit"
         )
     return _padded(values)
 

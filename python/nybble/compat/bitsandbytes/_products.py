@@ -10,7 +10,7 @@ import torch
 
 from nybble import ops
 from nybble.compat.bitsandbytes._blockwise import deliver
-from nybble.compat.bitsandbytes._four_bit import check_4bit, dequantize_4bit, how, parts
+from nybble.compat.bitsandbytes._four_bit import dequantize_4bit, how, parts
 from nybble.compat.bitsandbytes._int8 import int8_vectorwise_quant
 from nybble.compat.bitsandbytes._quant_state import QuantState
 from nybble.errors import FormatError
@@ -44,7 +44,6 @@ def matmul_4bit(
         raise FormatError(
             f"matmul_4bit needs a weight [out_features, in_features], got {quant_state.shape}"
         )
-    check_4bit(quant_state.blocksize, quant_state.quant_type, quant_state.dtype)
     packed = B.detach().contiguous().reshape(-1, 1)
     rows, columns = quant_state.shape
     if A.shape[-1] == rows != columns:

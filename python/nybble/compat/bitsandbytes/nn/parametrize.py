@@ -7,6 +7,7 @@ whole parameter is decoded when it is read, once during a forward pass.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -99,38 +100,39 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-class _Keys:
-    """Hooks that give the codes of one parameter their plain names in state dicts."""
+def _stage(module: nn.Module, name: str) -> Bnb4bitParametrization:
+    stages: Any = module.parametrizations[name]  # type: ignore[index]
+    return next(stage for stage in stages if isinstance(stage, Bnb4bitParametrization))
 
-    def __init__(self, name: str) -> None:
-        self.name = name
 
-    def save(
-        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
-    ) -> None:
-        held = f"{prefix}parametrizations.{self.name}.original"
-        if held not in state_dict:
-            return
-        state_dict[prefix + self.name] = state_dict.pop(held)
-        companions = self._parametrization(module).quant_state.as_dict(packed=True)
-        state_dict.update({f"{prefix}{self.name}.{key}": v for key, v in companions.items()})
+def _save(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    *,
+    name: str,
+) -> None:
+    """A hook that gives the codes of a parameter their plain name, and adds their companions."""
+    held = f"{prefix}parametrizations.{name}.original"
+    if held in state_dict:
+        state_dict[prefix + name] = state_dict.pop(held)
+        companions = _stage(module, name).quant_state.as_dict(packed=True)
+        state_dict.update({f"{prefix}{name}.{key}": v for key, v in companions.items()})
 
-    def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        name = prefix + self.name
-        companions = {key: v for key, v in state_dict.items() if key.startswith(name + ".")}
-        if name not in state_dict or not companions:
-            return
-        codes = state_dict.pop(name)
-        for key in companions:
-            del state_dict[key]
-        state_dict[f"{prefix}parametrizations.{self.name}.original"] = codes
-        device = module.parametrizations[self.name].original.device  # type: ignore[index, union-attr]
-        copied = {key: value.clone() for key, value in companions.items()}
-        self._parametrization(module).quant_state = QuantState.from_dict(copied, device=device)
 
-    def _parametrization(self, module: nn.Module) -> Bnb4bitParametrization:
-        stages: Any = module.parametrizations[self.name]  # type: ignore[index]
-        return next(stage for stage in stages if isinstance(stage, Bnb4bitParametrization))
+def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any, name: str) -> None:
+    """The reverse of `_save`."""
+    plain = prefix + name
+    companions = {key: v for key, v in state_dict.items() if key.startswith(plain + ".")}
+    if plain not in state_dict or not companions:
+        return
+    for key in companions:
+        del state_dict[key]
+    state_dict[f"{prefix}parametrizations.{name}.original"] = state_dict.pop(plain)
+    device = module.parametrizations[name].original.device  # type: ignore[index, union-attr]
+    copied = {key: value.clone() for key, value in companions.items()}
+    _stage(module, name).quant_state = QuantState.from_dict(copied, device=device)
 
 
 class _DecodedOnce:
@@ -152,9 +154,9 @@ class _DecodedOnce:
 
 def _parametrize(module: nn.Module, name: str, state: QuantState) -> None:
     parametrize.register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
-    keys, once = _Keys(name), _DecodedOnce()
-    module.register_state_dict_post_hook(keys.save)  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_pre_hook(keys.load)  # type: ignore[no-untyped-call]
+    once = _DecodedOnce()
+    module.register_state_dict_post_hook(partial(_save, name=name))  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(partial(_load, name=name))  # type: ignore[no-untyped-call]
     module.register_forward_pre_hook(once.enter)
     module.register_forward_hook(once.leave, always_call=True)
 
