@@ -100,12 +100,14 @@ def test_a_layer_that_was_never_moved_quantizes_at_first_use():
     assert layer.weight.bnb_quantized
 
 
-def test_a_layer_around_a_shared_dense_weight_multiplies_with_it():
+@pytest.mark.parametrize("kind", ["LinearNF4", "Linear8bitLt"])
+def test_a_layer_around_a_shared_dense_weight_multiplies_with_it(kind):
     embedding = nn.Embedding(32, 64, dtype=torch.bfloat16)
-    head = bnb.nn.LinearNF4(64, 32, bias=False)
+    head = getattr(bnb.nn, kind)(64, 32, bias=False)
     head.weight = embedding.weight  # as transformers ties them
     x = torch.randn(2, 64)
     assert torch.equal(head(x), nn.functional.linear(x, embedding.weight.float()))
+    assert head.state_dict().keys() == {"weight"}
 
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (64,), (65,), (1, 2), (2, 1), (1, 64), (3, 5, 7)])

@@ -291,6 +291,33 @@ def test_an_int8_layer_keeps_codes_and_scales_in_its_state():
     assert torch.equal(layer(x), before)
 
 
+def test_the_state_of_an_int8_layer_is_copied_and_follows_what_is_loaded():
+    layer = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False, threshold=6.0).to("cpu").eval()
+    assert layer.state.CB is None
+    twin = copy.deepcopy(layer)
+    assert twin.state == layer.state
+    x = torch.randn(2, 64)
+    layer(x)
+    assert twin.state != layer.state
+    twin(x)
+    assert twin.state == layer.state
+    assert twin.state.CB is not layer.state.CB
+    other = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu")
+    layer.load_state_dict(other.state_dict())
+    assert same_bits(layer.state.SCB, other.weight.SCB)
+    assert same_bits(layer.state.CB, other.weight.data)
+
+
+def test_a_layer_made_for_float_weights_takes_int8_ones():
+    saved = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu").eval()
+    layer = bnb.nn.Linear8bitLt(64, 32).eval()
+    layer.load_state_dict(saved.state_dict())
+    x = torch.randn(2, 64)
+    assert torch.equal(layer(x), saved(x))
+    assert not layer.weight.requires_grad
+    assert not layer.state.has_fp16_weights
+
+
 def test_float_weights_of_an_int8_layer_train():
     layer = bnb.nn.Linear8bitLt(16, 8)
     assert layer.weight.requires_grad
@@ -316,7 +343,7 @@ def test_float_weights_of_an_int8_layer_train():
 def embeddings() -> list[nn.Module]:
     return [
         bnb.nn.EmbeddingNF4(50, 64),
-        bnb.nn.EmbeddingFP4(50, 48, dtype=torch.bfloat16),
+        bnb.nn.EmbeddingFP4(50, 48, dtype=torch.bfloat16, quant_storage=torch.float32),
         bnb.nn.Embedding4bit(50, 33, quant_storage=torch.uint8),
         bnb.nn.Embedding8bit(50, 33),
     ]

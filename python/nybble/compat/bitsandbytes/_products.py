@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -89,7 +89,13 @@ def gemv_4bit(
     return matmul_4bit(A, B, state, out=out)
 
 
-@dataclass
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.device == b.device and torch.equal(a, b)
+    return bool(a is b or (not isinstance(a, torch.Tensor) and a == b))
+
+
+@dataclass(eq=False)
 class MatmulLtState:
     """What a `Linear8bitLt` keeps between calls.
 
@@ -117,6 +123,14 @@ class MatmulLtState:
     is_training = True
     has_fp16_weights = True
     use_pool = False
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MatmulLtState):
+            return False
+        names = {*(field.name for field in fields(self)), *vars(self), *vars(other)}
+        return all(_same(getattr(self, name), getattr(other, name, None)) for name in names)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def reset_grads(self) -> None:
         """Forget the quantized weight."""

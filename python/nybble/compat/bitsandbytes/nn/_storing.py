@@ -37,7 +37,9 @@ class _Stored(nn.Module):
 
     def _adopt(self, parameter: nn.Parameter) -> None:
         """Put a quantized parameter in place, keeping the object if its memory can be taken."""
-        if self.weight.device == parameter.device and type(self.weight) is type(parameter):
+        old = self.weight
+        alike = type(old) is type(parameter) and old.requires_grad == parameter.requires_grad
+        if alike and old.device == parameter.device:
             self.weight.data = parameter.data
             self.weight.__dict__.update(parameter.__dict__)
         else:
@@ -163,8 +165,6 @@ class Stored8bit(_Stored):
                 f"'{name}' has weight_format {int(layout)} ({known}); only 0 (row) can be"
                 " read; save the model again with a current bitsandbytes"
             )
-        if data.is_floating_point():  # saved by a layer whose weights stay floating point
-            return Int8Params(data, requires_grad=False)._quantize(data.device)  # type: ignore[no-any-return]
         self._check(name, data.shape)
         if scales is None or data.dtype != torch.int8 or scales.numel() != data.shape[0]:
             raise CheckpointError(

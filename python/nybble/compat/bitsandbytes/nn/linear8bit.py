@@ -68,9 +68,19 @@ class Linear8bitLt(Stored8bit, nn.Linear):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        if self._is_quantized():
-            self.init_8bit_state()
+        self._follow_weight()
         return self
+
+    def _load_weight(self, *arguments: Any) -> None:
+        super()._load_weight(*arguments)
+        self._follow_weight()
+
+    def _follow_weight(self) -> None:
+        """Bring the state up to date with a weight that moved, or was loaded."""
+        if isinstance(self.weight, Int8Params) and self.weight.is_quantized8:
+            self.state.has_fp16_weights = False
+            if self.state.CB is not None:
+                self.init_8bit_state()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features] in the dtype of `x`."""
@@ -81,4 +91,7 @@ class Linear8bitLt(Stored8bit, nn.Linear):
                 self.weight = weight = weight.to(x.device)
             if weight.SCB is not None:
                 self.init_8bit_state()
+        elif weight.is_floating_point():  # tied to the weight of another layer
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return nn.functional.linear(x, weight.to(x.dtype), bias)
         return matmul(x, weight, state=self.state, bias=self.bias)
