@@ -286,6 +286,12 @@ def test_an_int8_layer_keeps_codes_and_scales_in_its_state():
     assert (state.threshold, state.has_fp16_weights, state.is_training) == (6.0, False, False)
     assert state.CB.data_ptr() == layer.weight.data_ptr()
     assert same_bits(state.SCB, layer.weight.SCB)
+    assert state.idx.tolist() == []
+    x[1, 7], x[0, 40] = 50.0, -6.0
+    before = layer(x)
+    assert state.idx.tolist() == [7, 40]
+    with pytest.warns(FutureWarning, match="CxB is always None"):
+        assert state.CxB is None
     state.reset_grads()
     assert state.CB is state.SCB is None
     assert torch.equal(layer(x), before)

@@ -89,8 +89,9 @@ MAPS = [
         for s, e in itertools.product([True, False], [3, 5, 6, 7])
     ),
     *(
-        ("create_dynamic_map", {"signed": True, "max_exponent_bits": b - 1, "total_bits": b})
-        for b in range(2, 8)
+        ("create_dynamic_map", {"signed": True, "max_exponent_bits": b - less, "total_bits": b})
+        for b in range(2, 9)
+        for less in (0, 1)
     ),
     *(
         ("create_fp8_map", {"signed": True, "exponent_bits": e, "precision_bits": 7 - e})

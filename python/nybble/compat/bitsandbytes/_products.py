@@ -89,6 +89,9 @@ def gemv_4bit(
     return matmul_4bit(A, B, state, out=out)
 
 
+_FORMER_FIELDS = frozenset({"CxB", "CxBt", "formatB", "_tile_indices"})
+
+
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.device == b.device and torch.equal(a, b)
@@ -105,6 +108,8 @@ class MatmulLtState:
         threshold: Magnitude from which activations are outliers; 0 for none.
         is_training: Whether `matmul` is to multiply with the decoded weight (on a CPU).
         has_fp16_weights: Whether the weight itself is floating point, and quantized at each call.
+        idx: Numbers of the columns that had outliers in the last int8 product (not recorded by
+            compiled code).
         force_no_igemmlt: Kept for callers; there is one product.
         SB: Kept for callers, like all that follow: None, or as it was set.
     """
@@ -123,6 +128,14 @@ class MatmulLtState:
     is_training = True
     has_fp16_weights = True
     use_pool = False
+
+    def __getattr__(self, name: str) -> Any:
+        """None, with a warning, for what older kernels used; bitsandbytes does the same."""
+        if name in _FORMER_FIELDS:
+            message = f"MatmulLtState.{name} is always None; it belongs to former kernels"
+            warnings.warn(message, FutureWarning, stacklevel=2)
+            return None
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MatmulLtState):
@@ -190,6 +203,9 @@ def matmul(
     trains_weight = B.is_floating_point() and B.requires_grad and torch.is_grad_enabled()
     if not state.is_training or (A.device.type != "cpu" and not trains_weight):
         result = ops.int8_linear(A, codes, scales, bias, float(state.threshold))
+        if state.threshold > 0.0 and not torch.compiler.is_compiling():
+            outlier = A.detach().abs() >= state.threshold
+            state.idx = torch.nonzero(outlier.reshape(-1, A.shape[-1]).any(dim=0)).flatten()
     elif trains_weight:
         decoded = ops.dequantize(codes, scales, None, None, *_how(codes), B.dtype)
         weight = _RoundTrip.apply(B, decoded).to(A.dtype)
