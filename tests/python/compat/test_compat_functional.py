@@ -356,7 +356,7 @@ def test_importing_the_package_imports_no_partner_and_claims_no_name():
         "import nybble.compat.bitsandbytes as bnb, sys;"
         "bnb.nn.LinearNF4(64, 64).to('cpu');"
         "print([m for m in ('bitsandbytes', 'transformers', 'peft', 'accelerate', 'scipy')"
-        " if m in sys.modules])"
+        " if sys.modules.get(m)])"
     )
     out = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
