@@ -11,6 +11,9 @@ const LEVELS: usize = 4;
 
 /// The sum that `torch.sum` gives for a contiguous f32 vector on a CPU.
 pub fn sum(x: &[f32]) -> f32 {
+    if x.len() < LANES {
+        return few(x);
+    }
     let (rows, rest) = x.as_chunks::<COLUMNS>();
     let mut columns = cascade(rows);
     // Whole vectors that do not fill a row go to the first vector.
@@ -28,6 +31,20 @@ pub fn sum(x: &[f32]) -> f32 {
     }
     let total = tail.iter().fold(0.0, |sum, x| sum + x);
     first.iter().fold(total, |sum, x| sum + x)
+}
+
+/// Fewer values than lanes: four at a time, what remains goes to the first of the four.
+fn few(x: &[f32]) -> f32 {
+    let (fours, rest) = x.as_chunks::<VECTORS>();
+    let mut sums = [0.0; VECTORS];
+    for four in fours {
+        for (sum, x) in sums.iter_mut().zip(four) {
+            *sum += x;
+        }
+    }
+    let [first, others @ ..] = sums;
+    let first = rest.iter().fold(first, |sum, x| sum + x);
+    others.iter().fold(first, |sum, x| sum + x)
 }
 
 /// The mean that `torch.mean` gives: the sum divided by the count, both in f32. NaN for none.
