@@ -77,6 +77,10 @@ class Fused:
         inner, outer = self.intermediate_size, self.hidden_size
         return (outer, inner) if role == "down" else (inner, outer)
 
+    def is_meta(self, module: nn.Module) -> bool:
+        """Whether the weights of a module with this layout have no memory yet."""
+        return module.get_parameter(_DOWN).device.type == "meta"
+
     def parameter(self, role: str) -> str:
         """The parameter that holds a projection of all experts."""
         return _DOWN if role == "down" else "gate_up_proj" if self.gated else "up_proj"
