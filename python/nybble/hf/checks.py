@@ -1,4 +1,4 @@
-"""What is looked at before a quantized checkpoint is loaded: headers and descriptions, no weights."""
+"""What is looked at before a quantized checkpoint is loaded: headers, but no weights."""
 
 from __future__ import annotations
 

@@ -40,6 +40,7 @@ class Wanted:
         experts: Whether fused experts are quantized.
         threshold: Of int8 layers.
         storage: Dtype under which 4-bit codes are stored.
+        reference: As in `nybble.quantize`.
         strict: Whether an override that fits nothing is an error.
     """
 
@@ -54,11 +55,8 @@ class Wanted:
     experts: bool = False
     threshold: float | None = None
     storage: torch.dtype = torch.uint8
+    reference: str | None = None
     strict: bool = False
-
-    def with_experts(self) -> Wanted:
-        """The same, with experts quantized."""
-        return replace(self, experts=True)
 
 
 def of(config: Any, pre_quantized: bool) -> Wanted:
@@ -79,20 +77,23 @@ def of(config: Any, pre_quantized: bool) -> Wanted:
             overrides=config.overrides,
             experts=config.experts,
             threshold=config.threshold,
+            reference=config.reference,
             strict=not pre_quantized,
         )
     if isinstance(config, ServedConfig):
         compute_dtype = config.compute_dtype
         wanted = _theirs(config.original)
-        return wanted if compute_dtype is None else replace(
-            wanted, compute_dtype=getattr(torch, compute_dtype)
+        return (
+            wanted
+            if compute_dtype is None
+            else replace(wanted, compute_dtype=getattr(torch, compute_dtype))
         )
     if isinstance(config, BitsAndBytesConfig):
         wanted = _theirs(config.to_dict())
-        # A new model follows the caller; of a stored one, bitsandbytes' default says nothing.
-        return wanted if pre_quantized else replace(
-            wanted, compute_dtype=config.bnb_4bit_compute_dtype if config.load_in_4bit else None
-        )
+        if pre_quantized:  # of a stored model, bitsandbytes' default compute dtype says nothing
+            return wanted
+        compute_dtype = config.bnb_4bit_compute_dtype if config.load_in_4bit else None
+        return replace(wanted, compute_dtype=compute_dtype, reference="bitsandbytes-cpu")
     raise TypeError(f"cannot quantize as a {type(config).__name__} says; pass a NybbleConfig")
 
 
@@ -130,6 +131,7 @@ def apply(wanted: Wanted, model: Any) -> Coverage:
         compute_dtype=wanted.compute_dtype,
         skip=[*wanted.skip, *alone],
         overrides=wanted.overrides,
+        experts=wanted.experts,
     )
     lacking = [pattern for pattern in coverage.unused if pattern in wanted.overrides]
     if wanted.strict and lacking:
@@ -153,7 +155,8 @@ def _left_alone(wanted: Wanted, model: Any) -> list[str]:
     return [
         path
         for path, module in model.named_modules()
-        if path and next(module.parameters(recurse=False), None) is not None
+        if path
+        and next(module.parameters(recurse=False), None) is not None
         and not should_convert_module(path, always)
     ]
 

@@ -21,10 +21,11 @@ _COMPUTE_DTYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "flo
     "bf16": "bfloat16",
     "fp32": "float32",
 }
+_REFERENCES = (None, "exact", "bitsandbytes-cpu")
 _ALIASES = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}
 
 
-class NybbleConfig(QuantizationConfigMixin):
+class NybbleConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Pass it as `quantization_config` to quantize a model while it is loaded.
 
     Everything is checked here, before a model is touched.
@@ -40,6 +41,7 @@ class NybbleConfig(QuantizationConfigMixin):
         overrides: Mapping[str, str] | None = None,
         experts: bool = True,
         threshold: float | None = None,
+        reference: str | None = None,
         **others: Any,
     ) -> None:
         """Describe a quantized model.
@@ -58,6 +60,8 @@ class NybbleConfig(QuantizationConfigMixin):
             experts: Quantize fused weights of a mixture of experts too.
             threshold: For int8 layers, as in `nybble.nn.Linear8bit`: None decodes the weight,
                 a number (bitsandbytes uses 6.0) also quantizes activations as LLM.int8() does.
+            reference: "bitsandbytes-cpu" quantizes, on a CPU, to the bytes that bitsandbytes
+                gives there, as in `nybble.quantize`; files do not record it.
             **others: None but `quant_method`, and `load_in_4bit` or `load_in_8bit` in place of
                 a format.
 
@@ -80,6 +84,7 @@ class NybbleConfig(QuantizationConfigMixin):
         self.overrides = dict(overrides or {})
         self.experts = _boolean("experts", experts)
         self.threshold = None if threshold is None else float(threshold)
+        self.reference = reference
         self._check()
 
     def _check(self) -> None:
@@ -87,6 +92,8 @@ class NybbleConfig(QuantizationConfigMixin):
         blocksize = None if reference.is_row_wise(self.format) else self.blocksize
         _core.layout(self.format, [1], blocksize, self.nested)
         _core.Rules(self.skip or [], self.overrides)
+        if self.reference not in _REFERENCES:
+            raise FormatError(f"reference must be one of {_REFERENCES}, got {self.reference!r}")
         if self.threshold is not None and not self.threshold >= 0:
             raise FormatError(f"threshold must be 0 or more, or None; got {self.threshold}")
 
@@ -110,7 +117,7 @@ class NybbleConfig(QuantizationConfigMixin):
         }
 
 
-class ServedConfig(QuantizationConfigMixin):
+class ServedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a bitsandbytes checkpoint whose weights nybble serves.
 
     It keeps what the checkpoint says, and writes it again when the model is saved.

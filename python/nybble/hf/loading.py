@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 
-from nybble import _core, functional, reference
+from nybble import _core, functional
+from nybble import reference as definition
 from nybble.errors import CheckpointError, Error
 from nybble.nn.embedding import embedding_class
 from nybble.nn.linear import linear_class
@@ -30,7 +31,7 @@ STORED_NAMES = [
     *(
         f"weight.quant_state.{_core.quant_state_key(row['name'])}"
         for row in functional.formats()
-        if row["decode"] != "dense" and not reference.is_row_wise(row["name"])
+        if row["decode"] != "dense" and not definition.is_row_wise(row["name"])
     ),
     "SCB",
     "weight_format",
@@ -61,8 +62,9 @@ class Quantize(_Operation):
             assert isinstance(module, QuantizedModule)
             if getattr(module, "transposed", False):
                 weight = weight.T
+            reference = self.hf_quantizer.reference if weight.device.type == "cpu" else None
             try:
-                module.requantize_(weight)
+                module.requantize_(weight, reference=reference)
             except Error as error:
                 raise type(error)(f"'{name}': {error}") from error
             module.dtype = weight.dtype
@@ -175,9 +177,9 @@ def _home(model: nn.Module, path: str, module: nn.Module, q: QTensor) -> Quantiz
             f"'{path}.weight' has shape {list(q.shape)} in the checkpoint and"
             f" {list(shape)} in the model; the config is not this checkpoint's"
         )
-    if reference.is_row_wise(q.format):  # whose files do not say what the weight was
+    if definition.is_row_wise(q.format):  # whose files do not say what the weight was
         q = replace(q, dtype=dtype)
-    bits = reference.spec(q.format)["bits"]
+    bits = definition.spec(q.format)["bits"]
     if isinstance(module, QuantizedModule) and module.bits == bits:
         module.hold(q)
         return module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from nybble.errors import DeviceError
 from nybble.hf import checks, choice, conversions
 from nybble.hf.loading import STORED_NAMES, Deserialize, Quantize, make_dense
 from nybble.nn.coverage import Coverage
+from nybble.nn.experts import QuantizedExperts
 from nybble.nn.quantized import QuantizedModule
 from nybble.nn.replace import dequantize_model
 
@@ -34,14 +36,20 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = False
     is_trainable = True
-    is_compileable = True
     serialized_names = {"weight": STORED_NAMES}  # noqa: RUF012 (transformers reads the class's)
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         """Take a `NybbleConfig`, a `ServedConfig` or transformers' `BitsAndBytesConfig`."""
         super().__init__(quantization_config, **kwargs)
         self.coverage: Coverage | None = None
+        self._has_experts = False
+        self.reference: str | None = None  # whose bytes quantizing must give, as in nybble.quantize
         self.repair = False  # whether the checkpoint has weights that bitsandbytes damaged
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether generate may compile the model: which expert is asked depends on the data."""
+        return not self._has_experts
 
     def is_serializable(self) -> bool:
         """Saving writes quantized weights as they are."""
@@ -93,7 +101,7 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> Any:
         """Quantized experts keep the names that each expert has in the checkpoint."""
-        kept = conversions.without_quantized_experts(weight_conversions, model)
+        kept = conversions.for_quantized_experts(weight_conversions, model)
         return super().update_weight_conversions(kept, model)
 
     def _process_model_before_weight_loading(
@@ -103,14 +111,16 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             found = checks.before_loading(checkpoint_files)
             self.repair = bool(found.damaged)
-            if found.quantized_experts:
-                wanted = wanted.with_experts()
+            wanted = replace(wanted, experts=found.quantized_experts)
+        self.reference = wanted.reference
         self.coverage = choice.apply(wanted, model)
+        self._has_experts = any(isinstance(m, QuantizedExperts) for m in model.modules())
         if self.pre_quantized:
             logger.info("%s", f"{type(model).__name__}: quantized weights are served by nybble")
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        conversions.finish_experts(model)
+        if hasattr(model, "_weight_conversions"):
+            model._weight_conversions = conversions.for_saving(model._weight_conversions)
         fresh = []
         for path, module in list(model.named_modules()):
             if isinstance(module, QuantizedModule) and not _is_loaded(module):
@@ -133,12 +143,16 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return state.flat_int8(model.state_dict()), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        if isinstance(dtype, str):  # what save_pretrained leaves in the config
-            dtype = getattr(torch, dtype)
-        dequantize_model(model, dtype)
-        if hasattr(model, "_weight_conversions"):
-            del model._weight_conversions  # the dense model is saved like any other
+        # save_pretrained leaves text in the config, from which this dtype comes.
+        to: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dequantize_model(model, to)
         return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Forget that a model was quantized: from now on it is saved like any other."""
+        super().remove_quantization_config(model)
+        if hasattr(model, "_weight_conversions"):
+            del model._weight_conversions  # those of this load knew single experts
 
 
 def _is_loaded(module: QuantizedModule) -> bool:

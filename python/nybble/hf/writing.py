@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -22,9 +21,7 @@ from nybble.nn.quantized import QuantizedModule
 _THEIR_FORMATS = ("nf4", "fp4", "int8")
 
 
-def save_bitsandbytes(
-    model: Any, dst: str | os.PathLike[str], **kwargs: Any
-) -> None:
+def save_bitsandbytes(model: Any, dst: str | os.PathLike[str], **kwargs: Any) -> None:
     """Save a quantized transformers model as transformers does with bitsandbytes.
 
     The tensors and `config.json` are those that bitsandbytes would have written for the same
@@ -120,8 +117,8 @@ def _skip(
             should_convert_module(path, patterns) for path in dense
         )
 
-    if fits([*get_keys_to_not_convert(model), *fp32]):
-        return None
     if asked and fits([*asked, *fp32]):
         return list(asked)
+    if fits([*get_keys_to_not_convert(model), *fp32]):
+        return None
     return dense

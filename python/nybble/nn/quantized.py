@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nybble import _core, reference, state
-from nybble.errors import CheckpointError, FormatError
+from nybble.errors import CheckpointError, DeviceError, FormatError
 from nybble.functional import quantize
 from nybble.qtensor import QTensor
 
@@ -24,6 +24,11 @@ class QuantizedModule(nn.Module):
     tensors `absmax`, `nested_absmax`, `nested_offset`. No operation casts any of them:
     `.to(device)` moves them, `.half()` and `.to(dtype)` leave them alone. Nothing is ever
     repacked, so a state dict is the same before and after any number of forward passes.
+
+    FSDP2 (`fully_shard`) spreads the codes over processes like any parameter and leaves a copy of
+    the scales in each. The state dict of such a module has its tensors under their names here,
+    since torch's distributed checkpoints look each key up as an attribute; it can be loaded into
+    a module of the same format, sharded or not.
 
     Attributes:
         format: Name of the format.
@@ -70,7 +75,12 @@ class QuantizedModule(nn.Module):
 
     @property
     def qtensor(self) -> QTensor:
-        """The weight, sharing memory with this module."""
+        """The weight, sharing memory with this module.
+
+        Raises:
+            DeviceError: The codes are spread over processes.
+        """
+        self._check_whole()
         flat = self.weight.detach()
         return QTensor(
             packed=flat if self.format == "int8" else flat.reshape(-1),
@@ -88,19 +98,34 @@ class QuantizedModule(nn.Module):
         decoded: torch.Tensor = self.qtensor.dequantize(dtype)
         return decoded
 
-    def requantize_(self, weight: torch.Tensor) -> None:
-        """Quantize another weight of the same shape into this module, with the same settings."""
+    def requantize_(self, weight: torch.Tensor, *, reference: str | None = None) -> None:
+        """Quantize another weight of the same shape into this module, with the same settings.
+
+        Args:
+            weight: Floating point, of `shape`.
+            reference: As in `nybble.quantize`.
+        """
+        self._check_whole()
         if weight.shape != self.shape:
             raise FormatError(
                 f"this module stores a weight of shape {tuple(self.shape)}, got"
                 f" {tuple(weight.shape)}"
             )
-        self.hold(self._quantized_like(weight))
+        self.hold(self._quantized_like(weight, reference))
 
-    def _quantized_like(self, weight: torch.Tensor) -> QTensor:
+    def _check_whole(self) -> None:
+        if is_sharded(self.weight):
+            raise DeviceError(
+                "this weight is sharded over processes (FSDP); it is whole only while the model"
+                " computes. Gather it with nybble.hf.full_state_dict(model)"
+            )
+
+    def _quantized_like(self, weight: torch.Tensor, reference: str | None = None) -> QTensor:
         blocksize = None if self.format == "int8" else self.blocksize
         nested = self.nested_absmax is not None
-        return quantize(weight.detach(), self.format, blocksize=blocksize, nested=nested)
+        return quantize(
+            weight.detach(), self.format, blocksize=blocksize, nested=nested, reference=reference
+        )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Move the quantized tensors, but never cast them; the bias follows the usual rules."""
@@ -121,8 +146,10 @@ class QuantizedModule(nn.Module):
         return {prefix + name: tensor for name, tensor in named.items() if tensor is not None}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Write the weight under bitsandbytes' key scheme."""
+        """Write the weight under bitsandbytes' key scheme; a sharded one as it is held."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_sharded(self.weight):
+            return
         for name in ("weight", *_SCALES):
             destination.pop(prefix + name, None)
         if self.weight.device.type == "meta":
@@ -145,6 +172,11 @@ class QuantizedModule(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Take a quantized weight as it is, or quantize a dense one of the right shape."""
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if is_sharded(self.weight) or prefix + _SCALES[0] in state_dict:
+            if self._is_held_alike(state_dict, prefix, error_msgs):
+                super()._load_from_state_dict(state_dict, prefix, *rest)
+            return
         own = state.keys(state_dict, prefix)
         others = {key: value for key, value in state_dict.items() if key not in own}
         others.update(self._held(prefix))  # already in place for the base class
@@ -165,9 +197,22 @@ class QuantizedModule(nn.Module):
                 others.update(self._held(prefix))
             except (CheckpointError, FormatError) as error:
                 error_msgs.append(str(error))
-        super()._load_from_state_dict(
-            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(others, prefix, *rest)
+
+    def _is_held_alike(self, state_dict: Any, prefix: str, error_msgs: list[str]) -> bool:
+        """Whether a state dict has the tensors of this module under their names here."""
+        for name, held in self._held(prefix).items():
+            found = state_dict.get(name)
+            if found is not None and found.dtype == held.dtype:
+                continue
+            what = "nothing" if found is None else f"{found.dtype}"
+            error_msgs.append(
+                f"'{name}' should be {held.dtype}, found {what}; a sharded module takes the state"
+                " dict of a sharded module of its format. Load other checkpoints before"
+                " fully_shard"
+            )
+            return False
+        return True
 
     def _loaded(self, state_dict: Any, prefix: str) -> QTensor:
         if state.is_quantized(state_dict, prefix):
@@ -216,6 +261,11 @@ def _stored_as(dtype: torch.dtype, packed: torch.Tensor) -> torch.Tensor:
     flat = packed.flatten()
     missing = -flat.numel() % dtype.itemsize
     return nn.functional.pad(flat, (0, missing)).view(dtype).reshape(-1, 1)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is spread over processes: torch's DTensor, told by its method."""
+    return hasattr(tensor, "full_tensor")
 
 
 def _clone(tensor: torch.Tensor | None) -> torch.Tensor | None:

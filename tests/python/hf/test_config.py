@@ -29,6 +29,7 @@ hf = pytest.importorskip("nybble.hf")
         ({"block_size": 64}, "did you mean 'blocksize'"),
         ({"bnb_4bit_quant_type": "nf4"}, "did you mean 'format'"),
         ({"quant_method": "gptq"}, "quant_method 'nybble'"),
+        ({"reference": "exactly"}, "reference must be one of"),
         ({"experts": "yes"}, "experts must be True or False"),
     ],
 )

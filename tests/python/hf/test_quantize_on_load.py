@@ -119,9 +119,7 @@ def test_conv1d_layers_of_gpt2_are_quantized(make: Make, tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_tied_weights_stay_dense_and_tied_whatever_skip_says(
-    make: Make, tmp_path: Path, kind: str
-):
+def test_tied_weights_stay_dense_and_tied_whatever_skip_says(make: Make, tmp_path: Path, kind: str):
     path = make(kind, tie_word_embeddings=True)
     model = load(path, hf.NybbleConfig("nf4", skip=["nothing"]))
     model.save_pretrained(tmp_path / "saved")

@@ -1,0 +1,1 @@
+"""PEFT adapters on quantized layers: configure, train, load and merge LoRA."""
