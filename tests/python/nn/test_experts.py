@@ -135,6 +135,21 @@ def test_gradients_reach_the_states_and_the_weights_of_the_router():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int4", "int8"])
+def test_the_error_is_that_of_the_format(format):
+    cls = Experts8bit if format == "int8" else Experts4bit
+    dense = dense_experts()
+    x, index, weights = routed(64, 2, seed=8)
+    with torch.no_grad():
+        want = dense(x, index, weights)
+        got = cls.from_experts(dense, format)(x, index, weights)
+    # Errors of independent weights: those of gate, up and down add like variances. silu and the
+    # product of gate and up make at most a factor of two of the first.
+    noise = nb.error(dense.down_proj.detach(), nb.quantize(dense.down_proj, format)).rel_rms
+    relative = float((got - want).norm() / want.norm())
+    assert 0.5 * noise < relative < 2 * 3**0.5 * noise
+
+
 def test_only_experts_that_were_chosen_are_computed():
     experts = Experts4bit.from_experts(dense_experts(), "nf4")
     asked = []
