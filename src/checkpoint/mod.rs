@@ -15,6 +15,7 @@ pub mod config;
 pub mod convert;
 mod destination;
 mod entry;
+mod experts;
 mod job;
 mod json;
 pub mod names;

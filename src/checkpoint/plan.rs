@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use ::safetensors::Dtype as FileDtype;
 
 use crate::checkpoint::bitsandbytes::{Companion, nested_quant_map, owner, quant_map};
+use crate::checkpoint::experts::Experts;
 use crate::checkpoint::names::{Names, Role, module_of, must_be_named};
 use crate::checkpoint::quant_state::{Nested, QuantState};
 use crate::checkpoint::rules::{Decision, Rules};
@@ -157,11 +158,12 @@ impl Plan {
     /// Decides about every tensor of a source that is not quantized yet.
     pub fn quantize(source: &Source, choice: &Choice<'_>) -> Result<Self> {
         let names = Names::new(source.config(), source.tensors().map(|(_, info)| info));
+        let experts = Experts::new(source.config(), source.tensors().map(|(_, info)| info));
         let items = source
             .tensors()
             .map(|(file, info)| {
-                let (action, reason, left_out) =
-                    decide(info, &names, choice).map_err(|error| error.in_tensor(&info.name))?;
+                let (action, reason, left_out) = decide(info, &names, &experts, choice)
+                    .map_err(|error| error.in_tensor(&info.name))?;
                 let (info, bytes) = (info.clone(), info.bytes);
                 Ok(Item { file, info, action, reason, left_out, bytes })
             })
@@ -194,7 +196,12 @@ impl Plan {
 /// What is done with a tensor, why it is not quantized, and who must know.
 type Verdict = (Action, Option<String>, Option<LeftOut>);
 
-fn decide(info: &TensorInfo, names: &Names<'_>, choice: &Choice<'_>) -> Result<Verdict> {
+fn decide(
+    info: &TensorInfo,
+    names: &Names<'_>,
+    experts: &Experts<'_>,
+    choice: &Choice<'_>,
+) -> Result<Verdict> {
     let module = module_of(&info.name);
     let role = names.role(info);
     let keep = |dtype, reason: String, left_out| Ok((cast(info, dtype), Some(reason), left_out));
@@ -242,6 +249,11 @@ fn decide(info: &TensorInfo, names: &Names<'_>, choice: &Choice<'_>) -> Result<V
         shape.reverse();
     }
     let layout = layout(format, &shape, choice)?;
+    if role == Role::Expert
+        && let Some(reason) = experts.obstacle(info, &layout)
+    {
+        return keep(default, reason.to_owned(), Some(by_default));
+    }
     // Every other role than `Other` has one of these types.
     let stored = float(info.dtype).unwrap_or(Dtype::F32);
     let dtype = default.unwrap_or(stored);

@@ -6,23 +6,17 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from nybble import _core, reference
-from nybble.checkpoint.open import Checkpoint, open_checkpoint
-from nybble.errors import CheckpointError
-from nybble.nn.embedding import QuantizedEmbedding, embedding_class
-from nybble.nn.linear import QuantizedLinear, linear_class
+from nybble import _core
+from nybble.checkpoint.fill import fill
+from nybble.checkpoint.open import open_checkpoint
+from nybble.nn.choice import is_linear
 from nybble.nn.quantized import QuantizedModule
-from nybble.nn.replace import is_linear
-
-if TYPE_CHECKING:
-    from nybble.qtensor import QTensor
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
@@ -94,16 +88,7 @@ def load_model(
         CheckpointError: A tensor has no place in the model, another shape, or is missing from
             the file. Nothing was changed then.
     """
-    checkpoint = open_checkpoint(src, repair)
-    _check_names(model, checkpoint)
-    ties = _ties(model)
-    for name in checkpoint:
-        value = checkpoint[name]
-        if isinstance(value, torch.Tensor):
-            _fill(model, name, value)
-        else:
-            _hold(model, name, value, compute_dtype)
-    _tie_again(model, ties)
+    fill(model, open_checkpoint(src, repair), compute_dtype)
     return model
 
 
@@ -165,112 +150,3 @@ def _quantization(layers: dict[str, QuantizedModule], dense: list[str]) -> dict[
     )
     described: dict[str, Any] = json.loads(text)
     return described
-
-
-def _check_names(model: nn.Module, checkpoint: Checkpoint) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model)}
-    problems = []
-    for name in checkpoint:
-        entry = checkpoint.entry(name)
-        if name not in shapes:
-            problems.append(f"'{name}' has no place in {type(model).__name__}")
-            continue
-        expected = shapes[name]
-        module, _ = _owner(model, name)
-        found = entry.shape
-        if entry.format is not None and not isinstance(module, QuantizedModule):
-            if not (is_linear(module) or isinstance(module, nn.Embedding)):
-                problems.append(f"'{name}' is quantized, but {type(module).__name__} cannot be")
-                continue
-            if is_linear(module) and not isinstance(module, nn.Linear):
-                found = found[::-1]
-        if found != expected:
-            problems.append(f"'{name}' has shape {list(found)}, the model {list(expected)}")
-    names = {name: [name] for name, _ in model.named_parameters()}
-    names.update({group[0]: group for group in _ties(model)})
-    problems += [
-        f"'{name}' is missing"
-        for name, group in names.items()
-        if not any(alias in checkpoint for alias in group)
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(
-            f"{checkpoint.path} does not fit the model: {'; '.join(problems[:5])}{more}"
-        )
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers under every name, quantized weights with the shape they decode to."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None:
-                continue
-            if isinstance(module, QuantizedModule) and name == "weight":
-                tensor = torch.empty(module.shape, device="meta")
-            yield prefix + name, tensor
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, attribute = name.rpartition(".")
-    return model.get_submodule(path), attribute
-
-
-def _fill(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    module, attribute = _owner(model, name)
-    if isinstance(module, QuantizedModule) and attribute == "weight":
-        module.requantize_(value.to(module.weight.device))
-        return
-    target = getattr(module, attribute)
-    if target.device.type != "meta":
-        with torch.no_grad():
-            target.copy_(value)
-    elif isinstance(target, nn.Parameter):
-        setattr(module, attribute, nn.Parameter(value, requires_grad=target.requires_grad))
-    else:
-        module._buffers[attribute] = value
-
-
-def _hold(model: nn.Module, name: str, q: QTensor, compute_dtype: torch.dtype | None) -> None:
-    module, _ = _owner(model, name)
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    if weight.device.type != "meta":
-        q = q.to(weight.device)
-    if reference.is_row_wise(q.format):  # whose files do not say what the weight was
-        q = replace(q, dtype=module.dtype if isinstance(module, QuantizedModule) else weight.dtype)
-    if isinstance(module, QuantizedModule):
-        module.hold(q)
-        return
-    bits = reference.spec(q.format)["bits"]
-    replacement: QuantizedLinear | QuantizedEmbedding
-    if isinstance(module, nn.Embedding):
-        replacement = embedding_class(bits).from_qtensor(
-            q, module.padding_idx, compute_dtype=compute_dtype
-        )
-    else:
-        bias = getattr(module, "bias", None)
-        replacement = linear_class(bits).from_qtensor(q, bias, compute_dtype=compute_dtype)
-        replacement.transposed = not isinstance(module, nn.Linear)
-    replacement.train(module.training)
-    model.set_submodule(name.rpartition(".")[0], replacement)
-
-
-def _ties(model: nn.Module) -> list[list[str]]:
-    """Groups of names of one parameter."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def _tie_again(model: nn.Module, ties: list[list[str]]) -> None:
-    """Give a parameter back to all its names, where loading has replaced it under one."""
-    for group in ties:
-        owners = [(*_owner(model, name), name) for name in group]
-        held = [getattr(module, attribute) for module, attribute, _ in owners]
-        loaded = next((p for p in held if p.device.type != "meta"), held[0])
-        for (module, attribute, _), parameter in zip(owners, held, strict=True):
-            if parameter.device.type == "meta" and not isinstance(module, QuantizedModule):
-                setattr(module, attribute, loaded)

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from nybble import reference as definition
-from nybble.errors import FormatError
+from nybble import state
+from nybble.errors import CheckpointError, FormatError
 from nybble.nn.fused import Fused, describe
 from nybble.nn.linear import QuantizedLinear, linear_class, quantize_weight
+from nybble.qtensor import QTensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -227,6 +229,68 @@ class QuantizedExperts(nn.Module):
         for name, tensor in self.dequantize(dtype).items():
             dense._parameters[name] = nn.Parameter(tensor)
         return dense.train(self.training)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take fused parameters apart first, dense or quantized ones; the layers load the rest."""
+        for parameter in self.fused.parameters:
+            own = state.keys(state_dict, prefix + parameter)
+            tensors = {name: state_dict.pop(name) for name in own}
+            if not tensors:
+                continue
+            try:
+                state_dict.update(self._taken_apart(tensors, prefix, parameter))
+            except (CheckpointError, FormatError) as error:
+                error_msgs.append(f"'{prefix}{parameter}': {error}")
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def _taken_apart(
+        self, tensors: dict[str, torch.Tensor], prefix: str, parameter: str
+    ) -> dict[str, torch.Tensor]:
+        quantized = state.is_quantized(tensors, prefix + parameter)
+        value: torch.Tensor | QTensor = (
+            QTensor.from_state_dict(tensors, prefix + parameter)
+            if quantized
+            else tensors[prefix + parameter]
+        )
+        parts: dict[str, torch.Tensor] = {}
+        for name, piece in self.pieces(parameter, value):
+            whole = prefix + name
+            parts.update(piece.state_dict(whole) if isinstance(piece, QTensor) else {whole: piece})
+        return parts
+
+    def pieces(
+        self, parameter: str, value: torch.Tensor | QTensor
+    ) -> Iterator[tuple[str, torch.Tensor | QTensor]]:
+        """Take a fused parameter apart: the name (`3.up_proj.weight`) and value of each piece.
+
+        Args:
+            parameter: One that the original had, such as `gate_up_proj`.
+            value: What it held, dense (pieces are views) or quantized.
+
+        Raises:
+            FormatError: A quantized value cannot be taken apart without decoding it.
+            CheckpointError: The value has another shape.
+        """
+        kind = "bias" if parameter.endswith("_bias") else "weight"
+        for expert, role, piece in self.fused.pieces(parameter, value):
+            yield f"{expert}.{self.names[role]}.{kind}", piece
 
     def extra_repr(self) -> str:
         """Describe the experts in one line."""

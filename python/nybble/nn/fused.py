@@ -7,12 +7,15 @@ say how a matrix lies in them; a module without these flags is not guessed at.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from nybble.errors import FormatError
+from nybble.errors import CheckpointError, FormatError
+from nybble.nn.slices import rows
+from nybble.qtensor import QTensor
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _DOWN = "down_proj"
@@ -74,6 +77,10 @@ class Fused:
         inner, outer = self.intermediate_size, self.hidden_size
         return (outer, inner) if role == "down" else (inner, outer)
 
+    def is_meta(self, module: nn.Module) -> bool:
+        """Whether the weights of a module with this layout have no memory yet."""
+        return module.get_parameter(_DOWN).device.type == "meta"
+
     def parameter(self, role: str) -> str:
         """The parameter that holds a projection of all experts."""
         return _DOWN if role == "down" else "gate_up_proj" if self.gated else "up_proj"
@@ -95,6 +102,47 @@ class Fused:
     def bias(self, fused: torch.Tensor, role: str, expert: int) -> torch.Tensor:
         """View one bias [out] inside the parameter that holds it."""
         return self._rows(fused[expert], role)
+
+    def pieces(
+        self, parameter: str, value: torch.Tensor | QTensor
+    ) -> Iterator[tuple[int, str, torch.Tensor | QTensor]]:
+        """Take a fused parameter apart: expert, role and matrix [out, in] or bias [out] of each.
+
+        Args:
+            parameter: One of `parameters`.
+            value: What it holds, dense (the pieces are views) or quantized.
+
+        Raises:
+            FormatError: A quantized value is stored with inputs first, so that its matrices
+                cannot be taken out, or a block of it lies across two matrices.
+            CheckpointError: The value has another shape.
+        """
+        expected = self.parameters[parameter]
+        if tuple(value.shape) != expected:
+            raise CheckpointError(
+                f"'{parameter}' has shape {list(value.shape)}, the model's experts {list(expected)}"
+            )
+        is_bias = parameter.endswith("_bias")
+        roles = [r for r in self.roles if self.parameter(r) == parameter.removesuffix("_bias")]
+        for expert in range(self.num_experts):
+            for role in roles:
+                if isinstance(value, QTensor):
+                    yield expert, role, self._quantized(value, role, expert)
+                elif is_bias:
+                    yield expert, role, self.bias(value, role, expert)
+                else:
+                    yield expert, role, self.matrix(value, role, expert)
+
+    def _quantized(self, q: QTensor, role: str, expert: int) -> QTensor:
+        if self.transposed or (self.interleaved and role != "down"):
+            raise FormatError(
+                "experts that lie transposed or interleaved cannot be taken out of one quantized"
+                " tensor; quantize the model's own weights with quantize_model"
+            )
+        start = expert * q.shape[1]
+        size = self.shape(role)[0]
+        start += size if self.gated and role == "up" else 0
+        return rows(q, start, start + size)
 
     def joined(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """The outputs of gate and up [..., n] as the fused product would give them [..., 2 n]."""

@@ -74,6 +74,7 @@ impl Cpu {
         self.spread(out.len(), || {
             out.par_chunks_mut(columns)
                 .zip(rows)
+                .with_min_len(RUN.div_ceil(columns))
                 .try_for_each(|(out, row)| one.dequantize_range(q, *row as usize * columns, out))
         })
     }

@@ -47,16 +47,9 @@ impl Cpu {
         self.isa
     }
 
-    /// The threads in use for a tensor of `elements`: one for a small tensor.
-    fn threads_for(&self, elements: usize) -> usize {
-        self.threads.min(elements / RUN).max(1)
-    }
-
-    /// Spreads `work` over the threads that fit a tensor of `elements`.
+    /// Spreads `work` over the threads, if a tensor of `elements` is worth it. A small one must
+    /// come in one piece, so that rayon does not send it to threads either.
     fn spread<R: Send>(&self, elements: usize, work: impl FnOnce() -> R + Send) -> R {
-        match self.threads_for(elements) {
-            1 => work(),
-            _ => threads::spread(self.threads, work),
-        }
+        if elements <= RUN { work() } else { threads::spread(self.threads, work) }
     }
 }

@@ -127,6 +127,7 @@ impl Cpu {
             x.par_chunks(columns)
                 .zip(codes.par_chunks_mut(columns))
                 .zip(absmax.par_iter_mut())
+                .with_min_len(RUN.div_ceil(columns))
                 .for_each(|((x, codes), absmax)| {
                     *absmax = if outliers.is_empty() {
                         (kernels.quantize_row)(x, codes)

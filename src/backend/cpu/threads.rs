@@ -30,11 +30,16 @@ pub fn default_threads() -> usize {
 /// Runs `work` with rayon's parallel iterators spread over `threads` threads.
 ///
 /// The pool is kept. A forked child (a data loader's worker) has none of its parent's threads
-/// and makes its own pool; where the system gives no threads, `work` runs on this one.
+/// and makes its own pool; where the system gives no threads, `work` runs on this one. One thread
+/// is a pool too: outside of any, rayon takes one of its own, with a thread for each processor,
+/// which a forked child would wait for forever.
 pub fn spread<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
+    if rayon::current_thread_index().is_some() {
+        return work(); // part of what is spread already
+    }
     match pool(threads) {
-        Some(pool) if threads > 1 => pool.install(work),
-        _ => work(),
+        Some(pool) => pool.install(work),
+        None => work(),
     }
 }
 
@@ -70,6 +75,10 @@ mod tests {
             let sum: u64 = spread(threads, || (0..1000u64).into_par_iter().sum());
             assert_eq!(sum, 499_500);
         }
-        assert_eq!(spread(3, rayon::current_num_threads), 3);
+        for threads in [1, 3] {
+            assert_eq!(spread(threads, rayon::current_num_threads), threads);
+        }
+        let inside = || spread(1, rayon::current_num_threads);
+        assert_eq!(spread(3, inside), 3);
     }
 }

@@ -135,6 +135,21 @@ def test_gradients_reach_the_states_and_the_weights_of_the_router():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int4", "int8"])
+def test_the_error_is_that_of_the_format(format):
+    cls = Experts8bit if format == "int8" else Experts4bit
+    dense = dense_experts()
+    x, index, weights = routed(64, 2, seed=8)
+    with torch.no_grad():
+        want = dense(x, index, weights)
+        got = cls.from_experts(dense, format)(x, index, weights)
+    # Errors of independent weights: those of gate, up and down add like variances. silu and the
+    # product of gate and up make at most a factor of two of the first.
+    noise = nb.error(dense.down_proj.detach(), nb.quantize(dense.down_proj, format)).rel_rms
+    relative = float((got - want).norm() / want.norm())
+    assert 0.5 * noise < relative < 2 * 3**0.5 * noise
+
+
 def test_only_experts_that_were_chosen_are_computed():
     experts = Experts4bit.from_experts(dense_experts(), "nf4")
     asked = []
@@ -248,3 +263,45 @@ def test_an_adapter_around_a_layer_is_used_and_keeps_dequantizing_from_losing_it
     assert_same_sum(experts(x, index, weights), before + 1)
     with pytest.raises(nb.FormatError, match=r"'2\.down_proj' is a Adapter"):
         experts.to_experts()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fused_weights_load_and_are_quantized(variant):
+    dense = dense_experts(variant, seed=1)
+    experts = Experts4bit.from_experts(dense_experts(variant, seed=2), "nf4")
+    nn.ModuleDict({"experts": experts}).load_state_dict(
+        {f"experts.{name}": value for name, value in dense.state_dict().items()}
+    )
+    want = Experts4bit.from_experts(dense, "nf4").state_dict()
+    got = experts.state_dict()
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize(("format", "nested"), [("nf4", False), ("nf4", True), ("int8", False)])
+def test_fused_weights_that_are_quantized_as_one_tensor_load_as_they_are(format, nested):
+    dense = dense_experts(seed=1)
+    cls = Experts8bit if format == "int8" else Experts4bit
+    experts = cls.from_experts(dense_experts(seed=2), format)
+    whole = {
+        name: nb.quantize(getattr(dense, name), format, nested=nested)
+        for name in ("gate_up_proj", "down_proj")
+    }
+    state = {}
+    for name, q in whole.items():
+        state.update(q.state_dict(name))
+    experts.load_state_dict(state)
+    parts = experts.dequantize()
+    for name, q in whole.items():
+        assert torch.equal(parts[name], q.dequantize())
+
+
+def test_fused_weights_that_do_not_fit_are_refused():
+    experts = Experts4bit.from_experts(dense_experts(), "nf4")
+    state = dense_experts().state_dict()
+    with pytest.raises(RuntimeError, match=r"'down_proj'.*shape \[5, 64, 64\]"):
+        experts.load_state_dict({**state, "down_proj": torch.zeros(EXPERTS, HIDDEN, HIDDEN)})
+    transposed = Experts4bit.from_experts(dense_experts("transposed"), "nf4")
+    blob = nb.quantize(dense_experts("transposed").down_proj, "nf4").state_dict("down_proj")
+    with pytest.raises(RuntimeError, match="lie transposed"):
+        transposed.load_state_dict(blob, strict=False)
