@@ -125,5 +125,5 @@ def test_an_adapter_for_another_model_is_refused_and_changes_nothing(saved):
 def test_other_kinds_of_adapters_are_refused(tmp_path):
     config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
     peft.get_peft_model(dense(layers=1), config).save_pretrained(tmp_path)
-    with pytest.raises(nb.CheckpointError, match="kind .*IA3; only LoRA"):
+    with pytest.raises(nb.CheckpointError, match=r"kind .*IA3; only LoRA"):
         nybble.hf.load_adapter(quantized("nf4", layers=1), tmp_path)
