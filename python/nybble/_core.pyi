@@ -92,7 +92,9 @@ def render_quant_state(
     shape: Sequence[int],
     nested_offset: float | None = None,
 ) -> str: ...
-def parse_quant_state(text: bytes) -> tuple[str, int, str, list[int], float | None]: ...
+def parse_quant_state(
+    text: bytes, repair: bool = False
+) -> tuple[str, int, str, list[int], float | None]: ...
 def quantization_config(
     format: str,
     blocksize: int,

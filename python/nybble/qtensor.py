@@ -133,13 +133,20 @@ class QTensor:
         return state.to_state_dict(self, prefix)
 
     @classmethod
-    def from_state_dict(cls, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> QTensor:
+    def from_state_dict(
+        cls, tensors: Mapping[str, torch.Tensor], prefix: str = "", *, repair: bool = False
+    ) -> QTensor:
         """Find one quantized tensor among `tensors`; the reverse of `state_dict`.
+
+        Args:
+            tensors: Tensors under bitsandbytes' key scheme.
+            prefix: As for `state_dict`.
+            repair: As for `nybble.open_checkpoint`.
 
         Raises:
             CheckpointError: A companion is missing, or lengths, types or names disagree.
         """
-        return cls(**state.from_state_dict(tensors, prefix))
+        return cls(**state.from_state_dict(tensors, prefix, repair))
 
     def __repr__(self) -> str:
         nested = ", nested" if self.nested else ""

@@ -42,17 +42,32 @@ def to_state_dict(q: QTensor, prefix: str) -> dict[str, torch.Tensor]:
         }
     tensors = {name: q.packed.reshape(-1, 1), f"{name}.absmax": q.absmax}
     if q.quant_map is not None:
-        tensors[f"{name}.quant_map"] = q.quant_map
+        # A copy, since those who write files refuse tensors that share memory.
+        tensors[f"{name}.quant_map"] = q.quant_map.clone()
     offset = None
     if q.nested_absmax is not None and q.nested_offset is not None:
         tensors[f"{name}.nested_absmax"] = q.nested_absmax
-        tensors[f"{name}.nested_quant_map"] = reference.codebook("dynamic8", q.device)
+        tensors[f"{name}.nested_quant_map"] = reference.codebook("dynamic8", q.device).clone()
         offset = q.nested_offset.item()
     dtype = str(q.dtype).removeprefix("torch.")
     text = _core.render_quant_state(q.format, q.blocksize, dtype, list(q.shape), offset).encode()
     key = f"{name}.quant_state.{_core.quant_state_key(q.format)}"
     tensors[key] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(q.device)
     return tensors
+
+
+def flat_int8(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors with int8 codes as [n, 1], the number of rows being that of the scales.
+
+    A loader that does not know the format could take codes of the weight's own shape for a dense
+    weight, and cast them.
+    """
+    flat = dict(tensors)
+    for key in tensors:
+        name = key.removesuffix("SCB") + "weight"
+        if key.endswith("SCB") and name in tensors:
+            flat[name] = tensors[name].reshape(-1, 1)
+    return flat
 
 
 def is_quantized(tensors: Mapping[str, torch.Tensor], prefix: str) -> bool:
@@ -76,7 +91,9 @@ def _blob_key(tensors: Mapping[str, torch.Tensor], name: str) -> str | None:
     return next((key for key in tensors if key.startswith(start)), None)
 
 
-def from_state_dict(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, Any]:
+def from_state_dict(
+    tensors: Mapping[str, torch.Tensor], prefix: str, repair: bool = False
+) -> dict[str, Any]:
     """The arguments of `QTensor` for one parameter, checked."""
     name = parameter_name(prefix)
     module = _module_prefix(name)
@@ -88,7 +105,7 @@ def from_state_dict(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[st
             f"'{name}' has no quant_state and no SCB among {len(tensors)} tensors; it is not"
             " quantized, or its companions are missing"
         )
-    return _blockwise(tensors, name, key)
+    return _blockwise(tensors, name, key, repair)
 
 
 def _get(tensors: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
@@ -108,6 +125,9 @@ def _int8(tensors: Mapping[str, torch.Tensor], name: str, module: str) -> dict[s
     if packed.dtype != torch.int8 or packed.dim() == 0:
         raise CheckpointError(f"'{name}' should be int8 with rows, found {packed.dtype}")
     rows = packed.shape[:-1].numel()
+    if packed.shape[-1] == 1 and absmax.numel() and rows % absmax.numel() == 0:
+        packed = packed.reshape(absmax.numel(), -1)  # as flat_int8 has it
+        rows = absmax.numel()
     if absmax.dtype != torch.float32 or absmax.numel() != rows:
         raise CheckpointError(
             f"'{module}SCB' should be {rows} float32 values, found"
@@ -123,10 +143,12 @@ def _int8(tensors: Mapping[str, torch.Tensor], name: str, module: str) -> dict[s
     }
 
 
-def _blockwise(tensors: Mapping[str, torch.Tensor], name: str, key: str) -> dict[str, Any]:
+def _blockwise(
+    tensors: Mapping[str, torch.Tensor], name: str, key: str, repair: bool
+) -> dict[str, Any]:
     try:
         text = bytes(tensors[key].cpu().tolist())
-        format, blocksize, dtype, shape, offset = _core.parse_quant_state(text)
+        format, blocksize, dtype, shape, offset = _core.parse_quant_state(text, repair)
     except CheckpointError as error:
         raise CheckpointError(f"'{key}': {error}") from None
     if key != f"{name}.quant_state.{_core.quant_state_key(format)}":
@@ -139,6 +161,8 @@ def _blockwise(tensors: Mapping[str, torch.Tensor], name: str, key: str) -> dict
     if packed_len < packed.numel() <= packed_len + spare:
         packed = packed[:packed_len]
     absmax = _get(tensors, f"{name}.absmax")
+    if repair and not nested:
+        absmax = _untransposed(absmax, shape, blocksize)
     _check(name, packed, torch.uint8, packed_len)
     _check(f"{name}.absmax", absmax, reference.scale_dtype(format, nested), scales)
     nested_absmax = nested_offset = None
@@ -156,6 +180,14 @@ def _blockwise(tensors: Mapping[str, torch.Tensor], name: str, key: str) -> dict
         "nested_absmax": nested_absmax,
         "nested_offset": nested_offset,
     }
+
+
+def _untransposed(absmax: torch.Tensor, shape: list[int], blocksize: int) -> torch.Tensor:
+    """Undo what bitsandbytes does to scales on some CPUs: BF16 as `[blocks of a row, rows]`."""
+    damaged = len(shape) == 2 and shape[1] % blocksize == 0 and absmax.dtype == torch.bfloat16
+    if damaged and tuple(absmax.shape) == (shape[1] // blocksize, shape[0]):
+        return absmax.T.float().flatten()
+    return absmax
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, elements: int) -> None:

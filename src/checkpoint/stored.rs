@@ -135,7 +135,7 @@ impl<'a> Group<'a> {
             let found = self.info.dtype;
             return Err(self.wrong(format!("an int8 weight is I8, found {found}")));
         }
-        let shape = self.info.shape.clone();
+        let shape = self.eight_bit_shape()?;
         let layout = Layout::new(Format::Int8, &shape, None, false)
             .map_err(|error| self.wrong(error.to_string()))?;
         let scb = self.sized(Companion::Scb, FileDtype::F32, layout.scales)?;
@@ -159,6 +159,16 @@ impl<'a> Group<'a> {
             nested_absmax: None,
             transposed: false,
         })
+    }
+
+    /// Files for transformers hold int8 codes as `[n, 1]`: a loader that took them for a dense
+    /// weight would then notice. The scales tell the rows.
+    fn eight_bit_shape(&self) -> Result<Vec<usize>, Problem> {
+        let (_, scb) = self.required(Companion::Scb)?;
+        match (&self.info.shape[..], &scb.shape[..]) {
+            (&[n, 1], &[rows]) if rows != 0 && n % rows == 0 => Ok(vec![rows, n / rows]),
+            (shape, _) => Ok(shape.to_vec()),
+        }
     }
 
     fn four_bits(&self, damage: Damage) -> Result<Stored, Problem> {

@@ -38,12 +38,15 @@ pub fn render_quant_state(
 
 /// (format, blocksize, dtype, shape, nested offset or None) from the text of a weight.
 #[pyfunction]
+#[pyo3(signature = (text, repair=false))]
 pub fn parse_quant_state(
     text: &[u8],
+    repair: bool,
 ) -> PyResult<(&'static str, usize, &'static str, Vec<usize>, Option<f32>)> {
     let state = QuantState::parse(text).map_err(CheckpointError::new_err)?;
     if let Some(nested) = state.nested
         && nested.dtype != Dtype::F32
+        && !repair
     {
         return Err(CheckpointError::new_err(format!(
             "nested_dtype is {}, not float32: bitsandbytes damaged the scales by saving on a CPU \

@@ -1,9 +1,28 @@
-"""Hugging Face: transformers models and PEFT adapters with quantized layers."""
+"""nybble in the Hugging Face stack.
+
+Importing this registers the quantization method `nybble` with transformers, so that
+`from_pretrained(..., quantization_config=NybbleConfig("nf4"))` quantizes while loading and what
+`save_pretrained` wrote loads again. It needs `pip install transformers accelerate`; what is about
+adapters needs `pip install peft`.
+"""
 
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING, Any
+
+if _find_spec("transformers") is None:
+    raise ImportError("nybble.hf needs transformers: pip install transformers accelerate")
+
+from nybble.hf.bitsandbytes import (
+    disable_bitsandbytes_checkpoints,
+    enable_bitsandbytes_checkpoints,
+    from_pretrained,
+    save_bitsandbytes,
+)
+from nybble.hf.config import NybbleConfig
+from nybble.hf.register import register as _register
 
 if TYPE_CHECKING:
     from nybble.hf.adapters.config import lora_config
@@ -12,6 +31,7 @@ if TYPE_CHECKING:
     from nybble.hf.adapters.prepare import prepare_for_qlora
     from nybble.hf.adapters.sharding import full_state_dict, save_adapter
 
+# PEFT is imported when one of these is first used.
 _HOMES = {
     "nybble.hf.adapters.config": ("lora_config",),
     "nybble.hf.adapters.loading": ("load_adapter",),
@@ -24,13 +44,20 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "MergeReport",
     "MergedLayer",
+    "NybbleConfig",
+    "disable_bitsandbytes_checkpoints",
+    "enable_bitsandbytes_checkpoints",
+    "from_pretrained",
     "full_state_dict",
     "load_adapter",
     "lora_config",
     "merge",
     "prepare_for_qlora",
     "save_adapter",
+    "save_bitsandbytes",
 ]
+
+_register()
 
 
 def __getattr__(name: str) -> Any:

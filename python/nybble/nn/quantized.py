@@ -98,15 +98,20 @@ class QuantizedModule(nn.Module):
         decoded: torch.Tensor = self.qtensor.dequantize(dtype)
         return decoded
 
-    def requantize_(self, weight: torch.Tensor) -> None:
-        """Quantize another weight of the same shape into this module, with the same settings."""
+    def requantize_(self, weight: torch.Tensor, *, reference: str | None = None) -> None:
+        """Quantize another weight of the same shape into this module, with the same settings.
+
+        Args:
+            weight: Floating point, of `shape`.
+            reference: As in `nybble.quantize`.
+        """
         self._check_whole()
         if weight.shape != self.shape:
             raise FormatError(
                 f"this module stores a weight of shape {tuple(self.shape)}, got"
                 f" {tuple(weight.shape)}"
             )
-        self.hold(self._quantized_like(weight))
+        self.hold(self._quantized_like(weight, reference))
 
     def _check_whole(self) -> None:
         if is_sharded(self.weight):
@@ -115,10 +120,12 @@ class QuantizedModule(nn.Module):
                 " computes. Gather it with nybble.hf.full_state_dict(model)"
             )
 
-    def _quantized_like(self, weight: torch.Tensor) -> QTensor:
+    def _quantized_like(self, weight: torch.Tensor, reference: str | None = None) -> QTensor:
         blocksize = None if self.format == "int8" else self.blocksize
         nested = self.nested_absmax is not None
-        return quantize(weight.detach(), self.format, blocksize=blocksize, nested=nested)
+        return quantize(
+            weight.detach(), self.format, blocksize=blocksize, nested=nested, reference=reference
+        )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Move the quantized tensors, but never cast them; the bias follows the usual rules."""

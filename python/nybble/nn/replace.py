@@ -2,90 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from nybble import _core, reference
+from nybble import _core
 from nybble.errors import Error, FormatError
+from nybble.nn.choice import Choice, is_linear, replacement_of, replaces
 from nybble.nn.coverage import Coverage, Row
-from nybble.nn.embedding import QuantizedEmbedding, embedding_class
-from nybble.nn.linear import QuantizedLinear, linear_class
+from nybble.nn.embedding import QuantizedEmbedding
+from nybble.nn.experts import (
+    QuantizedExperts,
+    dense_projection,
+    experts_class,
+    quantized_projection,
+)
+from nybble.nn.linear import QuantizedLinear
+from nybble.nn.plan import Experts, Request, plan_model
 from nybble.nn.quantized import QuantizedModule
 
-__all__ = ["Coverage", "Row", "dequantize_model", "quantize_model", "replaces"]
-
-_SKIP = "skip"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """How one layer is to be quantized."""
-
-    format: str
-    blocksize: int | None
-    nested: bool
-    compute_dtype: torch.dtype | None
-    reference: str | None
-
-    @property
-    def bits(self) -> int:
-        """Bits of one code."""
-        return reference.spec(self.format)["bits"]
-
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of a layer's `from_...` constructor."""
-        row = reference.spec(self.format)
-        return {
-            "format": self.format,
-            "blocksize": self.blocksize if self.blocksize in row["blocksizes"] else None,
-            "nested": self.nested and row["nestable"],
-            "compute_dtype": self.compute_dtype,
-            "reference": self.reference,
-        }
-
-
-Replacement = Callable[[Any, Choice], QuantizedModule]
-_REPLACEMENTS: dict[type[nn.Module], Replacement] = {}
-
-
-def replaces(kind: type[nn.Module]) -> Callable[[Replacement], Replacement]:
-    """Register how modules of exactly this class are quantized."""
-
-    def register(replacement: Replacement) -> Replacement:
-        _REPLACEMENTS[kind] = replacement
-        return replacement
-
-    return register
-
-
-@replaces(nn.Linear)
-def _linear(module: nn.Linear, choice: Choice) -> QuantizedModule:
-    return linear_class(choice.bits).from_linear(module, **choice.options())
-
-
-@replaces(nn.Embedding)
-def _embedding(module: nn.Embedding, choice: Choice) -> QuantizedModule:
-    return embedding_class(choice.bits).from_embedding(module, **choice.options())
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a dense linear layer that `quantize_model` can replace."""
-    return _replacement(module) is _REPLACEMENTS[nn.Linear]
-
-
-def _replacement(module: nn.Module) -> Replacement | None:
-    kind = type(module)
-    if kind in _REPLACEMENTS:
-        return _REPLACEMENTS[kind]
-    # transformers' Conv1D is a linear layer with a transposed weight. It is told by name, so
-    # that nybble does not import transformers.
-    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-        return _REPLACEMENTS[nn.Linear]
-    return None
+__all__ = ["Coverage", "Row", "dequantize_model", "is_linear", "quantize_model", "replaces"]
 
 
 def quantize_model(
@@ -98,10 +35,11 @@ def quantize_model(
     skip: Sequence[str] | None = None,
     overrides: Mapping[str, str] | None = None,
     embeddings: bool = False,
+    experts: bool = True,
     strict: bool = False,
     reference: str | None = None,
 ) -> Coverage:
-    """Quantize the linear layers of a model in place.
+    """Quantize the linear layers of a model in place, those of a mixture of experts included.
 
     Args:
         model: Any module; also one on the meta device, to be filled by loading.
@@ -116,6 +54,10 @@ def quantize_model(
         overrides: Pattern to format name, or to "skip". The first that matches a module wins;
             `skip` wins over all.
         embeddings: Quantize `nn.Embedding` too. One that an override names is quantized anyway.
+        experts: Quantize experts too that transformers holds in parameters of rank 3. A pattern
+            can name all of a layer (`model.layers.0.mlp.experts`) or one projection of one
+            expert (`model.layers.0.mlp.experts.3.w1`). What chooses the experts stays as it is,
+            unless an override names it.
         strict: Raise, and change nothing, if a parameter with two or more dimensions has no
             quantized layer.
         reference: As in `nybble.quantize`.
@@ -128,47 +70,32 @@ def quantize_model(
     """
     _core.layout(format, [1], blocksize, nested)  # names and sizes are checked before any work
     rules = _core.Rules(list(skip or ()), dict(overrides or {}))
-    default_rules = _core.Rules(["lm_head"], {}) if skip is None else None
-    tied = _tied(model)
-    chosen: dict[str, Choice] = {}
-    rows: dict[str, Row] = {}
-    for path, module in _owners(model):
-        decision = rules.decide(path)
-        reason = ""
-        if decision == _SKIP:
-            reason = "skip"
-        elif decision is None and default_rules and default_rules.decide(path) == _SKIP:
-            reason = "output head (default skip)"
-        elif decision is None and default_rules and id(getattr(module, "weight", None)) in tied:
-            reason = "tied weight"
-        elif decision is None and isinstance(module, nn.Embedding) and not embeddings:
-            reason = "embedding (pass embeddings=True)"
-        replaceable = _replacement(module) is not None
-        if replaceable and not reason:
-            name = decision or format
-            if _quantized_format(name):
-                chosen[path] = Choice(
-                    format=name,
-                    blocksize=blocksize,
-                    nested=nested,
-                    compute_dtype=compute_dtype,
-                    reference=reference,
-                )
-            else:
-                reason = f"override to {name}"
-        for name, parameter in module.named_parameters(prefix=path, recurse=False):
-            if path in chosen and name.endswith("weight"):
-                continue
-            rows[name] = _kept(name, module, parameter, reason, replaceable)
-    unsupported = [row for row in rows.values() if row.reason.startswith("no quantized layer")]
-    if strict and unsupported:
-        names = ", ".join(f"{row.name} {list(row.shape)}" for row in unsupported)
+    main = Choice(
+        format=format,
+        blocksize=blocksize,
+        nested=nested,
+        compute_dtype=compute_dtype,
+        reference=reference,
+    )
+    plan = plan_model(
+        model,
+        Request(
+            main=main,
+            rules=rules,
+            has_skip_list=skip is not None,
+            embeddings=embeddings,
+            experts=experts,
+        ),
+    )
+    if strict and plan.unsupported:
+        names = ", ".join(f"{row.name} {list(row.shape)}" for row in plan.unsupported)
         raise FormatError(
             f"strict: no quantized layer for {names}; name them in skip, or pass strict=False"
         )
-    quantized = _replace(model, chosen)
-    kept = [row for row in rows.values() if row not in unsupported]
-    return Coverage(quantized=quantized, kept=kept, unsupported=unsupported, unused=rules.unused())
+    quantized = _replace(model, plan.layers, plan.experts)
+    return Coverage(
+        quantized=quantized, kept=plan.kept, unsupported=plan.unsupported, unused=rules.unused()
+    )
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -179,96 +106,126 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         dtype: Dtype of the weights; None for the dtype that each had.
     """
     made: dict[int, nn.Module] = {}
+    done: list[str] = []
     for path, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+        dense = made.get(id(module))
+        if dense is None and not path.startswith(tuple(done)):
+            dense = _dense(module, dtype)
+        if dense is None:
             continue
-        if id(module) not in made:
-            if isinstance(module, QuantizedLinear):
-                made[id(module)] = module.to_linear(dtype)
-            else:
-                made[id(module)] = module.to_embedding(dtype)
-        _set(model, path, made[id(module)])
+        made[id(module)] = dense
+        _set(model, path, dense)
+        if isinstance(module, QuantizedExperts):
+            done.append(f"{path}.")  # its layers went with it
     return model
 
 
-def _quantized_format(name: str) -> bool:
-    return reference.spec(name)["decode"] != "dense"
+def _dense(module: nn.Module, dtype: torch.dtype | None) -> nn.Module | None:
+    if isinstance(module, QuantizedLinear):
+        return module.to_linear(dtype)
+    if isinstance(module, QuantizedEmbedding):
+        return module.to_embedding(dtype)
+    return module.to_experts(dtype) if isinstance(module, QuantizedExperts) else None
 
 
-def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that have parameters of their own, each once, quantized ones left out."""
-    for path, module in model.named_modules():
-        own = next(module.parameters(recurse=False), None)
-        if own is not None and not isinstance(module, QuantizedModule):
-            yield path, module
-
-
-def _tied(model: nn.Module) -> set[int]:
-    """Parameters that more than one module holds."""
-    holders: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    return {parameter for parameter, count in holders.items() if count > 1}
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _kept(
-    name: str, module: nn.Module, parameter: nn.Parameter, reason: str, replaceable: bool
-) -> Row:
-    if parameter.dim() < 2:
-        reason = "one-dimensional"
-    elif not reason and not replaceable:
-        reason = f"no quantized layer for {type(module).__name__} parameters of rank" + (
-            f" {parameter.dim()}"
-        )
-    return Row(
-        name=name,
-        kind=type(module).__name__,
-        shape=tuple(parameter.shape),
-        format=_dtype_name(parameter.dtype),
-        reason=reason or "not a weight",
-        bytes_before=parameter.nbytes,
-        bytes_after=parameter.nbytes,
-    )
-
-
-def _replace(model: nn.Module, chosen: Mapping[str, Choice]) -> list[Row]:
+def _replace(
+    model: nn.Module, layers: Mapping[str, Choice], experts: Mapping[str, Experts]
+) -> list[Row]:
     """Quantize the chosen modules one at a time, wherever in the model they occur."""
     rows: list[Row] = []
-    made: dict[int, QuantizedModule] = {}
+    made: dict[int, nn.Module] = {}
     originals: dict[int, nn.Module] = {}  # kept alive, so that no id is used twice
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in made:
             _set(model, path, made[id(module)])
             continue
-        if path not in chosen:
+        quantized: nn.Module
+        if path in layers:
+            quantized, row = _layer(path, module, layers[path])
+            rows.append(row)
+        elif path in experts:
+            quantized, more = _experts(path, module, experts[path])
+            rows += more
+        else:
             continue
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        choice = chosen[path]
-        replacement = _replacement(module)
-        assert replacement is not None
-        try:
-            quantized = replacement(module, choice)
-        except Error as error:
-            raise type(error)(f"{path}.weight: {error}") from error
         originals[id(module)], made[id(module)] = module, quantized
         _set(model, path, quantized)
-        rows.append(
-            Row(
-                name=f"{path}.weight" if path else "weight",
-                kind=type(module).__name__,
-                shape=tuple(weight.shape),
-                format=choice.format,
-                bytes_before=weight.nbytes,
-                bytes_after=quantized.qtensor.nbytes,
-            )
-        )
     return rows
+
+
+def _layer(path: str, module: nn.Module, choice: Choice) -> tuple[QuantizedModule, Row]:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    replacement = replacement_of(module)
+    assert replacement is not None
+    try:
+        quantized = replacement(module, choice)
+    except Error as error:
+        raise type(error)(f"{path}.weight: {error}") from error
+    return quantized, Row(
+        name=f"{path}.weight" if path else "weight",
+        kind=type(module).__name__,
+        shape=tuple(weight.shape),
+        format=choice.format,
+        bytes_before=weight.nbytes,
+        bytes_after=quantized.qtensor.nbytes,
+    )
+
+
+def _experts(path: str, module: nn.Module, plan: Experts) -> tuple[QuantizedExperts, list[Row]]:
+    def make(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+        choice = plan.choices[name]
+        if choice is None:
+            return dense_projection(weight, bias)
+        try:
+            return quantized_projection(weight, bias, **choice.options())
+        except Error as error:
+            raise type(error)(f"{path}.{name}.weight: {error}") from error
+
+    first = next(choice for choice in plan.choices.values() if choice is not None)
+    quantized = experts_class(first.bits)(module, plan.names, make)
+    if len({choice and choice.format for choice in plan.choices.values()}) == 1:
+        return quantized, _rows_of_parameters(path, module, quantized, first.format)
+    return quantized, _rows_of_projections(path, module, quantized)
+
+
+def _rows_of_parameters(
+    path: str, module: nn.Module, quantized: QuantizedExperts, format: str
+) -> list[Row]:
+    """A row for each fused parameter, where all of it is in one format."""
+    after: dict[str, int] = {}
+    for _, _, role, layer in quantized.projections():
+        assert isinstance(layer, QuantizedLinear)
+        parameter = quantized.fused.parameter(role)
+        after[parameter] = after.get(parameter, 0) + layer.qtensor.nbytes
+    return [
+        Row(
+            name=f"{path}.{parameter}" if path else parameter,
+            kind=type(module).__name__,
+            shape=quantized.fused.parameters[parameter],
+            format=format,
+            bytes_before=module.get_parameter(parameter).nbytes,
+            bytes_after=size,
+        )
+        for parameter, size in after.items()
+    ]
+
+
+def _rows_of_projections(path: str, module: nn.Module, quantized: QuantizedExperts) -> list[Row]:
+    """A row for each projection, where they differ; those that stayed dense among them."""
+    size = quantized.fused.dtype.itemsize
+    return [
+        Row(
+            name=f"{path}.{name}.weight" if path else f"{name}.weight",
+            kind=type(module).__name__,
+            shape=(layer.out_features, layer.in_features),
+            format=layer.format,
+            bytes_before=size * layer.in_features * layer.out_features,
+            bytes_after=layer.qtensor.nbytes,
+        )
+        for name, _, _, layer in quantized.projections()
+        if isinstance(layer, QuantizedLinear)
+    ]
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:
