@@ -383,7 +383,7 @@ def _int8_linear_cpu(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
 ) -> Tensor:
     _check_product(x, packed.shape)
-    out_features, in_features = packed.shape
+    in_features = packed.shape[1]
     flat = x.reshape(-1, in_features).contiguous()
     codes = flat.new_empty(flat.shape, dtype=torch.int8)
     scale = flat.new_empty(flat.shape[0], dtype=torch.float32)

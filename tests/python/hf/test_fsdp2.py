@@ -25,6 +25,8 @@ from test_ddp import STEPS, half, mean
 from tiny import RENAMED, adapted, batch, logits, quantized, train
 
 pytestmark = [RENAMED, pytest.mark.timeout(240)]
+KINDS = ["nf4_dq", "int8"]
+ODD = [(5, 7, "nf4"), (1, 1, "int4"), (3, 64, "nf4"), (7, 33, "int8")]
 
 
 def prepared(kind, dtype=torch.float32):
@@ -46,7 +48,15 @@ def refusal(call):
     return "nothing was refused"
 
 
-def work(rank, kind, directory):
+def work(rank, directory):
+    return {
+        "odd": odd_sizes(rank),
+        "bf16": [in_bfloat16(rank, policy) for policy in (False, True)],
+        **{kind: learned(rank, kind, directory / kind) for kind in KINDS},
+    }
+
+
+def learned(rank, kind, directory):
     model = sharded(prepared(kind))
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     held = {
@@ -82,64 +92,14 @@ def work(rank, kind, directory):
     return result
 
 
-@pytest.mark.parametrize("kind", ["nf4_dq", "int8"])
-def test_fsdp2_learns_what_one_process_learns_and_saves_it(kind, tmp_path):
-    results = spawn(work, tmp_path, kind, tmp_path)
-    model = prepared(kind)
-    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    expected = train(model, batch(), STEPS)
-    rows = (128, 256) if kind == "int8" else (16384, 1)  # half of 256 rows, half of the bytes
-    for result in results:
-        assert result["losses"] == pytest.approx(expected, rel=1e-4)
-        assert result["held"]["codes"] == rows
-        assert result["held"]["scales"] == (256 if kind == "int8" else 1024)
-        assert result["held"]["adapter"] == (4, 256)
-        decode, merge, load = result["refusals"]
-        assert decode.startswith("DeviceError: this weight is sharded over processes")
-        assert merge.startswith("DeviceError") and "merge there" in merge
-        assert "Load other checkpoints before fully_shard" in load
-        assert torch.equal(result["logits"], results[0]["logits"])
-        assert torch.equal(result["resumed"], result["logits"])
-        assert torch.equal(result["reloaded"], result["logits"])
-
-    state, nothing = (result["state"] for result in results)
-    assert nothing == {}
-    assert state.keys() == plain.keys()
-    frozen = [name for name in plain if "lora_" not in name]
-    assert any("quant_state" in name or "SCB" in name for name in frozen)
-    assert all(same_bits(state[name], plain[name]) for name in frozen)
-
-    loaded = nybble.hf.load_adapter(
-        nybble.hf.prepare_for_qlora(quantized(kind)), tmp_path / "adapter"
-    )
-    assert torch.equal(logits(loaded), results[0]["logits"])
-    fresh = prepared(kind)
-    fresh.load_state_dict(state)
-    assert torch.equal(logits(fresh.eval()), results[0]["logits"])
-
-
-def bfloat16_work(rank, policy):
+def in_bfloat16(rank, policy):
     options = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)} if policy else {}
     model = sharded(prepared("nf4", torch.bfloat16), **options)
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     return dtypes, mean(train(model, half(rank), STEPS))
 
 
-@pytest.mark.parametrize("policy", [False, True])
-def test_a_bfloat16_model_with_float32_adapters_is_sharded_with_and_without_a_policy(
-    policy, tmp_path
-):
-    expected = train(prepared("nf4", torch.bfloat16), batch(), STEPS)
-    for dtypes, losses in spawn(bfloat16_work, tmp_path, policy):
-        assert dtypes == {torch.float32}
-        # the policy computes the adapter in bfloat16 too, which rounds at 2^-8
-        assert losses == pytest.approx(expected, rel=2**-8)
-
-
-ODD = [(5, 7, "nf4"), (1, 1, "int4"), (3, 64, "nf4"), (7, 33, "int8")]
-
-
-def odd_work(rank):
+def odd_sizes(rank):
     torch.manual_seed(0)
     found = []
     for out_features, in_features, format in ODD:
@@ -158,9 +118,67 @@ def odd_work(rank):
     return found
 
 
-def test_sizes_that_do_not_divide_are_sharded_too(tmp_path):
-    for found in spawn(odd_work, tmp_path):
-        assert found == [(True, True, True)] * len(ODD)
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Where the processes write."""
+    return tmp_path_factory.mktemp("fsdp2")
+
+
+@pytest.fixture(scope="module")
+def found(directory):
+    """What each process has found; they are started once."""
+    return spawn(work, directory, directory)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fsdp2_learns_what_one_process_learns_and_saves_it(kind, found, directory):
+    results = [process[kind] for process in found]
+    model = prepared(kind)
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = train(model, batch(), STEPS)
+    rows = (128, 256) if kind == "int8" else (16384, 1)  # half of 256 rows, half of the bytes
+    for result in results:
+        assert result["losses"] == pytest.approx(expected, rel=1e-4)
+        assert result["held"]["codes"] == rows
+        assert result["held"]["scales"] == (256 if kind == "int8" else 1024)
+        assert result["held"]["adapter"] == (4, 256)
+        decode, merge, load = result["refusals"]
+        assert decode.startswith("DeviceError: this weight is sharded over processes")
+        assert merge.startswith("DeviceError: 'model.layers.0.self_attn.q_proj' is sharded")
+        assert "Load other checkpoints before fully_shard" in load
+        assert torch.equal(result["logits"], results[0]["logits"])
+        assert torch.equal(result["resumed"], result["logits"])
+        assert torch.equal(result["reloaded"], result["logits"])
+
+    state, nothing = (result["state"] for result in results)
+    assert nothing == {}
+    assert state.keys() == plain.keys()
+    frozen = [name for name in plain if "lora_" not in name]
+    assert any("quant_state" in name or "SCB" in name for name in frozen)
+    assert all(same_bits(state[name], plain[name]) for name in frozen)
+
+    loaded = nybble.hf.load_adapter(
+        nybble.hf.prepare_for_qlora(quantized(kind)), directory / kind / "adapter"
+    )
+    assert torch.equal(logits(loaded), results[0]["logits"])
+    fresh = prepared(kind)
+    fresh.load_state_dict(state)
+    assert torch.equal(logits(fresh.eval()), results[0]["logits"])
+
+
+@pytest.mark.parametrize("policy", [False, True])
+def test_a_bfloat16_model_with_float32_adapters_is_sharded_with_and_without_a_policy(policy, found):
+    expected = train(prepared("nf4", torch.bfloat16), batch(), STEPS)
+    for process in found:
+        dtypes, losses = process["bf16"][policy]
+        assert dtypes == {torch.float32}
+        # the policy computes the adapter in bfloat16 too, which rounds at 2^-8
+        assert losses == pytest.approx(expected, rel=2**-8)
+
+
+def test_sizes_that_do_not_divide_are_sharded_too(found):
+    for process in found:
+        assert process["odd"] == [(True, True, True)] * len(ODD)
 
 
 def test_a_state_under_plain_names_is_checked():
@@ -169,9 +187,11 @@ def test_a_state_under_plain_names_is_checked():
     other = nb.nn.Linear4bit.from_linear(nn.Linear(64, 16), "nf4")
     other.load_state_dict(plain)
     assert same_bits(other.weight.data, layer.weight.data)
-    with pytest.raises(RuntimeError, match=r"'weight' should be torch\.uint8, found torch\.float32"):
+    with pytest.raises(
+        RuntimeError, match=r"'weight' should be torch\.uint8, found torch\.float32"
+    ):
         layer.load_state_dict({**plain, "weight": torch.zeros(512, 1)})
-    with pytest.raises(RuntimeError, match="'nested_absmax' should be torch.float32, found nothing"):
+    with pytest.raises(RuntimeError, match=r"'nested_absmax' should be torch\.float32, found no"):
         nb.nn.Linear4bit(64, 16, nested=True).load_state_dict(
             {**plain, "absmax": torch.zeros(16, dtype=torch.uint8)}
         )
