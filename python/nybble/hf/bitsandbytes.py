@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
-import warnings
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import auto
+from transformers.utils import logging
 
 from nybble.errors import CheckpointError
 from nybble.hf.config import METHOD, SERVED_METHOD
@@ -23,6 +22,8 @@ __all__ = [
     "from_pretrained",
     "save_bitsandbytes",
 ]
+
+logger = logging.get_logger("nybble.hf")
 
 _THEIRS = "bitsandbytes"
 _ENTRIES = (f"{_THEIRS}_4bit", f"{_THEIRS}_8bit")
@@ -78,6 +79,11 @@ def from_pretrained(
         entry = _entry(holder)
     if entry is not None:
         method = _method(entry)
+        if kwargs.get("quantization_config") is not None:
+            raise CheckpointError(
+                f"{path} is quantized already, by '{method}'; leave quantization_config out, or"
+                " quantize the original model"
+            )
         if method == _THEIRS:
             name = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
             holder.quantization_config = {
@@ -118,16 +124,12 @@ def enable_bitsandbytes_checkpoints() -> None:
     """Let plain `from_pretrained` calls use nybble where they would use bitsandbytes.
 
     That is for checkpoints that bitsandbytes quantized, and for `BitsAndBytesConfig`. It holds
-    for the whole process until `disable_bitsandbytes_checkpoints`; again does nothing.
+    for the whole process until `disable_bitsandbytes_checkpoints`; again does nothing. Models that
+    were loaded before keep their layers.
     """
     if _before:
         return
-    if _THEIRS in sys.modules:
-        warnings.warn(
-            "bitsandbytes is imported in this process; from now on nybble takes its place in"
-            " from_pretrained, and models that were loaded before keep bitsandbytes' layers",
-            stacklevel=2,
-        )
+    logger.info("%s", "bitsandbytes checkpoints are served by nybble from now on")
     for name in _ENTRIES:
         _before[name] = auto.AUTO_QUANTIZER_MAPPING[name]
         auto.AUTO_QUANTIZER_MAPPING[name] = NybbleHfQuantizer

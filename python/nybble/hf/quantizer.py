@@ -146,9 +146,13 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
         # save_pretrained leaves text in the config, from which this dtype comes.
         to: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         dequantize_model(model, to)
-        if hasattr(model, "_weight_conversions"):
-            del model._weight_conversions  # the dense model is saved like any other
         return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Forget that a model was quantized: from now on it is saved like any other."""
+        super().remove_quantization_config(model)
+        if hasattr(model, "_weight_conversions"):
+            del model._weight_conversions  # those of this load knew single experts
 
 
 def _is_loaded(module: QuantizedModule) -> bool:

@@ -307,6 +307,37 @@ def test_a_checkpoint_of_another_method_is_refused_with_its_name(altered: Any):
         hf.from_pretrained(path)
 
 
+def test_a_checkpoint_is_not_quantized_twice(golden: Path):
+    with pytest.raises(CheckpointError, match="quantized already, by 'bitsandbytes'"):
+        hf.from_pretrained(
+            golden / "llama_tied" / "fp4", quantization_config=hf.NybbleConfig("nf4")
+        )
+
+
+def test_files_of_old_versions_with_fewer_keys_load(load: Load, altered: Any):
+    path, _ = altered
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "llm_int8_threshold": 6.0,
+        "quant_method": "bitsandbytes",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    assert len(quantized(load(path))) == 14
+
+
+def test_a_snapshot_of_the_hub_is_read_through_its_links(load: Load, altered: Any, tmp_path: Path):
+    path, _ = altered
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    for file in path.iterdir():
+        (snapshot / file.name).symlink_to(Path("..", "..", path.name, file.name))
+    assert len(quantized(load(snapshot))) == 14
+
+
 def test_a_config_of_another_size_is_refused(altered: Any):
     path, _ = altered
     config = json.loads((path / "config.json").read_text())

@@ -167,10 +167,10 @@ def test_quantized_modules_cannot_be_trained_whole():
 
 
 def test_importing_the_package_does_not_import_peft():
-    code = "import sys, nybble.hf; print('peft' in sys.modules, nybble.hf.merge.__module__)"
-    command = [sys.executable, "-c", code]
+    code = "import sys, nybble.hf; print('peft' in sys.modules)"
+    command = [sys.executable, "-W", "error", "-c", code]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert out.split() == ["False", "nybble.hf.adapters.merge"]
+    assert out.strip() == "False"
 
 
 def test_without_peft_the_error_says_how_to_get_it(monkeypatch):
