@@ -196,6 +196,18 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def _folded(rows: Tensor, x: Tensor) -> Tensor:
+    """The rows of a product in the leading shape of `x`.
+
+    Not a view, as torch's own product is none: autograd refuses to change views that a custom op
+    returns in place, which activations and residual sums do.
+    """
+    if x.dim() == 2:
+        return rows
+    folded: Tensor = torch.ops.aten._unsafe_view.default(rows, [*x.shape[:-1], rows.shape[-1]])
+    return folded
+
+
 def _linear_cpu(
     x: Tensor,
     packed: Tensor,
@@ -229,7 +241,7 @@ def _linear_cpu(
             _core.dequantize(parts, memory(tile), start * in_features)
             part = None if bias is None else bias[start:stop]
             out[:, start:stop] = _dense(flat, tile, part)
-    return out.to(x.dtype).reshape(*x.shape[:-1], out_features)
+    return _folded(out.to(x.dtype), x)
 
 
 torch.library.impl("nybble::linear", "cpu")(_linear_cpu)
@@ -371,7 +383,7 @@ def _int8_linear_cpu(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
 ) -> Tensor:
     _check_product(x, packed.shape)
-    out_features, in_features = packed.shape
+    in_features = packed.shape[1]
     flat = x.reshape(-1, in_features).contiguous()
     codes = flat.new_empty(flat.shape, dtype=torch.int8)
     scale = flat.new_empty(flat.shape[0], dtype=torch.float32)
@@ -385,7 +397,7 @@ def _int8_linear_cpu(
         out += _dense(flat[:, outliers].float(), weight, None)
     if bias is not None:
         out += bias.float()
-    return out.to(x.dtype).reshape(*x.shape[:-1], out_features)
+    return _folded(out.to(x.dtype), x)
 
 
 torch.library.impl("nybble::int8_linear", "CompositeExplicitAutograd")(reference.int8_linear)

@@ -38,6 +38,15 @@ def test_an_adapter_comes_back_bit_for_bit(saved):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_made_on_the_meta_device_are_filled(use_dora, tmp_path):
+    model = adapted(quantized("nf4", layers=1), use_dora=use_dora)
+    stir(model)
+    model.save_pretrained(tmp_path)
+    again = nybble.hf.load_adapter(quantized("nf4", layers=1), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_the_files_are_those_of_any_lora_adapter(saved):
     _, path = saved
     config = json.loads((path / "adapter_config.json").read_text())

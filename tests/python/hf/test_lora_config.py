@@ -14,8 +14,10 @@ transformers = pytest.importorskip("transformers")
 
 import nybble as nb
 import nybble.hf
+from nybble.hf.adapters.targets import shortest_names
+from nybble.nn.experts import QuantizedExperts
 from nybble.nn.linear import Linear4bit
-from tiny import RENAMED, adapted, dense, quantized
+from tiny import RENAMED, adapted, dense, logits, mixture, quantized, stir
 
 pytestmark = RENAMED
 PROJECTIONS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -86,30 +88,44 @@ def test_the_head_of_a_classifier_is_left_out_and_trained_whole():
     assert [n for n, p in model.named_parameters() if "score" in n and p.requires_grad]
 
 
-class Experts4bit(nn.Module):
-    """Stands for the block of that name: a layer for each projection of each expert."""
+def test_layers_of_expert_blocks_are_left_out_unless_they_are_named():
+    model = mixture("Qwen2Moe")
+    before = logits(model)
+    names = wrapped(peft.get_peft_model(model, nybble.hf.lora_config(model)))
+    dense_layers = ["mlp.shared_expert.down_proj", "mlp.shared_expert.gate_proj",
+                    "mlp.shared_expert.up_proj", "mlp.shared_expert_gate", "self_attn.k_proj",
+                    "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj"]  # fmt: skip
+    assert names == [f"model.layers.0.{name}" for name in dense_layers]
+    model = mixture("Qwen2Moe")
+    config = nybble.hf.lora_config(model, target_modules=r".*\.experts\.\d\.(gate|down)_proj")
+    model = peft.get_peft_model(model, config).eval()
+    assert len(wrapped(model)) == 2 * 4
+    assert torch.equal(logits(model), before)
+    stir(model)
+    changed = logits(model)
+    assert (changed - before).norm() > 0.02 * before.norm()
+    merged = nybble.hf.merge(model, to="fp32")
+    assert not any(isinstance(m, QuantizedExperts) for m in merged.modules())
+    torch.testing.assert_close(logits(merged), changed, rtol=1e-4, atol=1e-4)
 
-    def __init__(self):
-        super().__init__()
-        for i in range(2):
-            expert = nn.ModuleDict({"up_proj": Linear4bit(64, 64), "down_proj": Linear4bit(64, 64)})
-            self.add_module(str(i), expert)
 
-
-def test_layers_of_expert_blocks_are_left_out_unless_they_are_named(monkeypatch):
-    monkeypatch.setattr(Experts4bit, "__module__", "nybble.nn.experts")
-    model = nn.ModuleDict({"experts": Experts4bit(), "up_proj": Linear4bit(64, 64)})
+def test_layers_that_peft_takes_for_experts_are_not_lost_silently(caplog):
+    model = mixture("Qwen3Moe", num_hidden_layers=2, mlp_only_layers=[1])
     config = nybble.hf.lora_config(model)
-    assert wrapped(peft.get_peft_model(model, config)) == ["up_proj"]
-    inner = nn.ModuleDict({"experts": Experts4bit(), "up_proj": Linear4bit(64, 64)})
-    model = nn.ModuleDict({"block": inner})
-    config = nybble.hf.lora_config(model)
-    assert config.target_modules == {"block.up_proj"}
-    assert wrapped(peft.get_peft_model(model, config)) == ["block.up_proj"]
-    model = nn.ModuleDict({"experts": Experts4bit(), "up_proj": Linear4bit(64, 64)})
-    config = nybble.hf.lora_config(model, target_modules=["down_proj"])
-    names = wrapped(peft.get_peft_model(model, config))
-    assert names == ["experts.0.down_proj", "experts.1.down_proj"]
+    assert "PEFT takes 3 layers of this qwen3_moe, such as 'model.layers.1.mlp" in caplog.text
+    assert sorted(config.target_modules) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    for targets in (["q_proj", "up_proj", "gate_proj"], r".*layers\.0\..*q_proj"):
+        with pytest.raises(nb.FormatError, match="PEFT rewrites targets of this model"):
+            nybble.hf.lora_config(model, target_modules=targets)
+    with pytest.raises(nb.FormatError, match=r"w1 without also targeting w3.*name other layers"):
+        nybble.hf.lora_config(mixture("Mixtral"), target_modules=["w1", "w2"])
+
+
+def test_whole_names_that_are_ends_of_others_do_not_match_those():
+    model = nn.ModuleDict({"a": nn.ModuleDict({"up": nn.Linear(4, 4)}), "up": nn.Linear(4, 4)})
+    names = shortest_names(model, ["up"])
+    config = nybble.hf.lora_config(model, target_modules=names)
+    assert wrapped(peft.get_peft_model(model, config)) == ["up"]
 
 
 def test_a_second_adapter_finds_the_same_layers():

@@ -89,6 +89,20 @@ def test_a_fresh_adapter_changes_nothing(use_dora):
     assert close(logits(adapted(plain, use_dora=use_dora)), expected, 1e-6)
 
 
+def test_a_row_of_zeros_stays_a_number_under_dora():
+    linear = nn.Linear(64, 4)
+    with torch.no_grad():
+        linear.weight[1] = 0
+    model = nn.Sequential(linear)
+    nb.quantize_model(model)
+    model = adapted(model, use_dora=True)
+    x = torch.randn(3, 64, requires_grad=True)
+    assert torch.equal(model(x)[:, 1], linear.bias[1].expand(3))
+    stir(model)
+    model(x).sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.requires_grad)
+
+
 def test_dropout_acts_in_training_only():
     model = adapted(quantized("nf4", layers=1), lora_dropout=0.5)
     stir(model)

@@ -16,6 +16,7 @@ from nybble.nn.linear import QuantizedLinear
 from strategies import same_bits
 from tiny import (
     GOLDEN,
+    KINDS,
     LLAMA,
     RENAMED,
     adapted,
@@ -172,9 +173,19 @@ def test_a_compiled_lora_layer_has_no_graph_break():
     assert torch.equal(compiled_grad, layer.lora_A["default"].weight.grad)
 
 
-def test_the_trainer_of_transformers_trains_and_saves_an_adapter(tmp_path):
+def by_transformers(kind):
+    """The model as `from_pretrained` quantizes it."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        LLAMA / "original",
+        quantization_config=nybble.hf.NybbleConfig(**KINDS[kind]),
+        dtype=torch.bfloat16,
+    )
+
+
+@pytest.mark.parametrize("make", [quantized, by_transformers])
+def test_the_trainer_of_transformers_trains_and_saves_an_adapter(make, tmp_path):
     pytest.importorskip("accelerate")
-    model = adapted(nybble.hf.prepare_for_qlora(quantized("nf4_dq")))
+    model = adapted(nybble.hf.prepare_for_qlora(make("nf4_dq")))
     before = held(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
@@ -199,7 +210,23 @@ def test_the_trainer_of_transformers_trains_and_saves_an_adapter(tmp_path):
     assert losses == pytest.approx(REFERENCE["nf4_dq/float32"]["losses"][:2], rel=0.01)
     assert_same_bits(before, held(model))
     trainer.save_model(str(tmp_path / "adapter"))
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-    reloaded = nybble.hf.load_adapter(quantized("nf4_dq"), tmp_path / "adapter")
+    reloaded = nybble.hf.load_adapter(
+        nybble.hf.prepare_for_qlora(make("nf4_dq")), tmp_path / "adapter"
+    )
     assert torch.equal(logits(reloaded), logits(model.eval()))
-    assert any(isinstance(m, QuantizedLinear) for m in reloaded.modules())
+
+
+@pytest.mark.parametrize("to", ["bf16", "same"])
+def test_a_model_that_transformers_quantized_is_merged_and_saved(to, tmp_path):
+    model = adapted(nybble.hf.prepare_for_qlora(by_transformers("nf4")))
+    train(model, batch(), 2)
+    merged = nybble.hf.merge(model, to=to)
+    assert merged.is_quantized == (to == "same")
+    assert hasattr(merged.config, "quantization_config") == (to == "same")
+    merged.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16 if to == "bf16" else torch.float32
+    )
+    linear = again.model.layers[0].self_attn.q_proj
+    assert isinstance(linear, QuantizedLinear) == (to == "same")
+    assert torch.equal(logits(again.eval()), logits(merged))

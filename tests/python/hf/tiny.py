@@ -54,6 +54,26 @@ def quantized(kind: str, dtype: torch.dtype = torch.float32, layers: int = 2) ->
     return with_dtype(model, dtype)
 
 
+def mixture(family: str, **options: Any) -> Any:
+    """A small mixture of experts with random weights, the experts quantized."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 320,
+        **({} if family == "Mixtral" else {"num_experts": 4, "moe_intermediate_size": 64}),
+        **options,
+    }
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    nb.quantize_model(model)
+    return model.eval()
+
+
 def decoded(model: nn.Module) -> nn.Module:
     """The same model with its quantized layers decoded in float32."""
     return nb.dequantize_model(model, torch.float32)

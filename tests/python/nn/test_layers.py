@@ -188,6 +188,21 @@ def test_a_compiled_layer_has_no_graph_break(name):
         assert torch.equal(compiled(x), layer(x))
 
 
+@pytest.mark.parametrize("threshold", [None, 6.0])
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64)])
+def test_outputs_can_be_changed_in_place_in_training(shape, threshold):
+    layers = [Linear4bit.from_linear(nn.Linear(64, 16), "nf4")]
+    layers.append(Linear8bit.from_linear(nn.Linear(64, 16), "int8"))
+    layers[1].threshold = threshold
+    for layer in layers:
+        x = torch.randn(shape, requires_grad=True)
+        y = layer(x)
+        y *= 2
+        torch.relu_(y).sum().backward()
+        expected = 2 * (y > 0).float() @ layer.dequantize()
+        torch.testing.assert_close(x.grad, expected)
+
+
 def test_llm_int8_follows_its_threshold_and_trains():
     dense = nn.Linear(64, 16)
     layer = Linear8bit.from_linear(dense, "int8")

@@ -11,6 +11,7 @@ from torch import nn
 
 from nybble.errors import FormatError
 from nybble.hf.adapters.packages import peft
+from nybble.hf.adapters.rewriting import keep_named_layers
 from nybble.hf.adapters.support import check_supported
 from nybble.hf.adapters.targets import (
     check_trained_whole,
@@ -51,7 +52,8 @@ def lora_config(
         lora_alpha: The update is scaled by `lora_alpha / r` (`/ sqrt(r)` with `use_rslora`).
         target_modules: None or "all-linear" for every linear layer, quantized or not, except the
             output head and the layers of mixture-of-experts blocks; a list of names or ends of
-            names; or a regular expression that matches a whole name. Experts can be named.
+            names; or a regular expression that matches a whole name. Experts can be named, except
+            in models whose expert names PEFT rewrites (Mixtral, Qwen3-MoE, DeepSeek).
         options: Any other field of `LoraConfig`. Without `task_type` it is told from the class of
             the model, and without `fan_in_fan_out` from the layers.
 
@@ -60,18 +62,20 @@ def lora_config(
 
     Raises:
         ImportError: PEFT is not installed.
-        FormatError: An unknown option, a target that matches nothing or is no linear layer, or an
-            option that quantized layers cannot follow.
+        FormatError: An unknown option, a target that matches nothing, is no linear layer or would
+            be rewritten by PEFT, or an option that quantized layers cannot follow.
     """
     lora = peft().LoraConfig
     base = base_model(model)
     _check_names(options, [field.name for field in dataclasses.fields(lora) if field.init])
     task = options.setdefault("task_type", _task(base))
-    if is_all_linear(target_modules):
+    chosen = not is_all_linear(target_modules)
+    if not chosen:
         target_modules = shortest_names(base, linear_names(base, task))
     config = lora(r=r, lora_alpha=lora_alpha, target_modules=target_modules, **options)
     targets = target_layers(base, config)
     check_trained_whole(base, config.modules_to_save or ())
+    keep_named_layers(base, config, set(targets), chosen)
     if "fan_in_fan_out" not in options:
         config.fan_in_fan_out = all(_is_transposed(layer) for layer in targets.values())
     if any(isinstance(layer, QuantizedLinear) for layer in targets.values()):

@@ -36,7 +36,8 @@ class DoraVariant(LoraVariant):  # type: ignore[misc]  # peft has no types
         """Start with the row lengths of the decoded weight, so that nothing changes at first."""
         base, delta = module.unmerged.dequantize(torch.float32), module.delta(adapter_name)
         layer = RowLengths(fan_in_fan_out=False)
-        norm = torch.linalg.vector_norm(base + delta, dim=1).detach()
+        # An adapter on the meta device is filled from a file later.
+        norm = torch.linalg.vector_norm(base.to(delta.device) + delta, dim=1).detach()
         layer.weight = nn.Parameter(norm)  # float32: rounded lengths would change every row
         module.lora_magnitude_vector[adapter_name] = layer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,7 @@ def load_adapter(
     path = os.fspath(path_or_id)
     _check_files(path, options.get("subfolder"))
     hub = ("subfolder", "revision", "cache_dir", "token")
-    config = library.PeftConfig.from_pretrained(
-        path, **{name: value for name, value in options.items() if name in hub}
-    )
+    config = library.PeftConfig.from_pretrained(path, **_chosen(options, hub))
     if not isinstance(config, library.LoraConfig):
         raise CheckpointError(
             f"{path} holds an adapter of kind {config.peft_type}; only LoRA goes around quantized"
@@ -80,11 +78,16 @@ def load_adapter(
             f"the model has an adapter '{adapter_name}' already; pass another adapter_name, or"
             f" delete_adapter('{adapter_name}') first"
         )
-    model.add_adapter(adapter_name, config)
+    making = ("autocast_adapter_dtype", "low_cpu_mem_usage")
+    model.add_adapter(adapter_name, config, **_chosen(options, making))
     model.load_adapter(path, adapter_name, is_trainable=is_trainable, **options)
     if is_trainable:
         model.set_requires_grad(adapter_name)
     return model
+
+
+def _chosen(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in names}
 
 
 def _check_files(path: str, subfolder: str | None) -> None:

@@ -49,6 +49,7 @@ class LoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]  # peft has no typ
     _mixed_batch_forward: Any
     _unmerged: QTensor | None
     _unmerged_bias: torch.Tensor | None
+    _is_making: bool
 
     def __init__(
         self,
@@ -93,7 +94,11 @@ class LoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]  # peft has no typ
     ) -> None:
         """Add an adapter, or replace the one of that name."""
         check_supported(config)
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        self._is_making = True
+        try:
+            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        finally:
+            self._is_making = False
 
     def _get_in_out_features(self, module: QuantizedLinear) -> tuple[int, int]:
         """Lengths of input and output; also of a layer whose codes are sharded."""
@@ -101,9 +106,13 @@ class LoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]  # peft has no typ
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: QuantizedLinear
-    ) -> tuple[torch.device, torch.dtype]:
-        """Where new adapters go, and their dtype before PEFT makes it float32."""
-        return base_layer.weight.device, base_layer.compute_dtype or base_layer.dtype
+    ) -> tuple[torch.device, torch.dtype | None]:
+        """Where adapters go, and the dtype of new ones before PEFT makes them float32.
+
+        None for those that PEFT moves after it has loaded them: they keep what the file says.
+        """
+        dtype = (base_layer.compute_dtype or base_layer.dtype) if self._is_making else None
+        return base_layer.weight.device, dtype
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is a matrix that is added to the weight."""

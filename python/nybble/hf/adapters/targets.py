@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from nybble.errors import FormatError
+from nybble.nn.experts import QuantizedExperts
 from nybble.nn.linear import QuantizedLinear
 from nybble.nn.quantized import QuantizedModule
 from nybble.nn.replace import is_linear
@@ -51,14 +52,14 @@ def linear_names(model: nn.Module, task: str | None) -> list[str]:
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
     classifiers = _CLASSIFIERS if task in _CLASSIFYING else ()
-    experts = [name for name, module in model.named_modules() if _holds_experts(module)]
+    blocks = [name for name, m in model.named_modules() if isinstance(m, QuantizedExperts)]
     names = [
         name
         for name, layer in named_layers(model)
         if _is_linear(layer)
         and layer is not head
         and name not in classifiers
-        and not any(name.startswith(f"{block}.") for block in experts)
+        and not any(name.startswith(f"{block}.") for block in blocks)
     ]
     if not names:
         raise FormatError(
@@ -92,7 +93,7 @@ def target_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     """
     layers = dict(named_layers(model))
     _check_targets(config.target_modules, layers)
-    found = {name: layer for name, layer in layers.items() if _matches(config, name)}
+    found = {name: layer for name, layer in layers.items() if matches(config, name)}
     for name, layer in found.items():
         if isinstance(layer, QuantizedModule) and not isinstance(layer, QuantizedLinear):
             raise FormatError(
@@ -117,7 +118,8 @@ def check_trained_whole(model: nn.Module, names: Iterable[str]) -> None:
                 )
 
 
-def _matches(config: Any, name: str) -> bool:
+def matches(config: Any, name: str) -> bool:
+    """Whether a config's targets mean the module of this name."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     return bool(check_target_module_exists(config, name))
@@ -145,8 +147,3 @@ def _example(layers: dict[str, nn.Module]) -> str:
 
 def _is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, (QuantizedLinear, nn.Linear)) or is_linear(layer)
-
-
-def _holds_experts(module: nn.Module) -> bool:
-    """Whether this is one of nybble's mixture-of-experts blocks, told by where it is defined."""
-    return any(kind.__module__ == "nybble.nn.experts" for kind in type(module).__mro__)
