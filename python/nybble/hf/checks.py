@@ -15,7 +15,7 @@ from nybble.errors import CheckpointError
 logger = logging.get_logger("nybble.hf")
 
 _WHOLE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERT = re.compile(r"\.experts\.(\d+\.|\w+_proj$)")
 _SHOWN = 5
 
 
@@ -25,7 +25,7 @@ class Found:
 
     Attributes:
         damaged: Weights that bitsandbytes damaged and that can be repaired.
-        quantized_experts: Whether single experts of a mixture are stored quantized.
+        quantized_experts: Whether experts of a mixture are stored quantized.
     """
 
     damaged: list[str] = field(default_factory=list)

@@ -6,6 +6,7 @@ merge these files are left out for it; files with one tensor for all experts are
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from nybble.hf.loading import COMPANIONS, place
 from nybble.nn.experts import QuantizedExperts
-from nybble.nn.fused import Fused
 from nybble.nn.quantized import QuantizedModule
+from nybble.qtensor import QTensor
 
 
 def for_quantized_experts(conversions: list[Any], model: nn.Module) -> list[Any]:
@@ -91,50 +93,68 @@ def _splitters(experts: Mapping[str, QuantizedExperts]) -> list[Any]:
     for path, module in experts.items():
         own = path.rpartition(".")[2]
         for parameter in module.fused.parameters:
-            source = rf"\.{own}\.{parameter}$"
-            if source not in made:
-                split = SplitExperts(module.fused, dict(module.names), f".{own}.", parameter)
-                made[source] = WeightConverter([source], split.targets, operations=[split])
+            if f"{own}.{parameter}" in made:
+                continue
+            split = SplitExperts(module, f".{own}.", parameter)
+            sources = list(split.sources)
+            made[f"{own}.{parameter}"] = WeightConverter(sources, split.targets, operations=[split])
     return list(made.values())
 
 
 class SplitExperts(ConversionOps):  # type: ignore[misc]
-    """Take one parameter of all experts apart."""
+    """Take one parameter of all experts apart, dense or quantized."""
 
     supports_many_to_many = True
 
-    def __init__(self, fused: Fused, names: dict[str, str], prefix: str, parameter: str) -> None:
-        self.fused = fused
-        self.is_bias = parameter.endswith("_bias")
-        kind = "bias" if self.is_bias else "weight"
-        weight = parameter.removesuffix("_bias")
-        self._places = [
-            (f"{prefix}{expert}.{name}.{kind}", role, expert)
-            for expert in range(fused.num_experts)
-            for role, name in names.items()
-            if fused.parameter(role) == weight
+    def __init__(self, experts: QuantizedExperts, prefix: str, parameter: str) -> None:
+        self.parameter = parameter
+        self.dtype: torch.dtype | None = None  # that dense parts have in the model
+        kind = "bias" if parameter.endswith("_bias") else "weight"
+        role_of = parameter.removesuffix("_bias")
+        #: Places: name in the model, role, expert.
+        self.targets = [
+            f"{prefix}{expert}.{name}.{kind}"
+            for expert in range(experts.num_experts)
+            for role, name in experts.names.items()
+            if experts.fused.parameter(role) == role_of
         ]
-
-    @property
-    def targets(self) -> list[str]:
-        """The names that come out."""
-        return [name for name, _, _ in self._places]
+        self._prefix = prefix
+        # Patterns of names in files, and the names below the module that they stand for.
+        names = [parameter, *(parameter + name.removeprefix("weight") for name in COMPANIONS)]
+        self.sources = {re.escape(f"{prefix}{name}") + "$": name for name in names}
 
     def convert(
         self, input_dict: Mapping[str, Any], model: nn.Module, full_layer_name: str, **_: Any
     ) -> dict[str, torch.Tensor]:
-        """Take `{name: [tensor]}` with one tensor [experts, ...].
+        """Take the tensors of the parameter.
 
-        What will be quantized comes out as a view of it; what stays, as a tensor of its own.
+        What will be quantized comes out as a view, what stays dense as a tensor of its own.
         """
-        (value,) = input_dict.values()
-        whole = value[0] if isinstance(value, list) else value
-        part = self.fused.bias if self.is_bias else self.fused.matrix
+        tensors = {
+            self.sources[pattern]: value[0] if isinstance(value, list) else value
+            for pattern, value in input_dict.items()
+        }
         before = full_layer_name.removesuffix(self.targets[0])
+        path = f"{before}{self._prefix}".removesuffix(".")
+        experts = model.get_submodule(path)
+        assert isinstance(experts, QuantizedExperts)
+        value: Any = tensors[self.parameter]
+        if len(tensors) > 1:
+            value = QTensor.from_state_dict(tensors, self.parameter)
         parts: dict[str, torch.Tensor] = {}
-        for name, role, expert in self._places:
-            owner = model.get_submodule((before + name).rpartition(".")[0])
-            view = part(whole, role, expert)
-            quantized = isinstance(owner, QuantizedModule) and not self.is_bias
-            parts[name] = view if quantized else view.clone(memory_format=torch.contiguous_format)
+        for below, piece in experts.pieces(self.parameter, value):
+            whole = f"{path}.{below}"
+            owner, kind = whole.rsplit(".", 1)
+            if isinstance(piece, QTensor):
+                parts[whole] = place(model, owner, piece).weight
+            else:
+                module = model.get_submodule(owner)
+                quantized = isinstance(module, QuantizedModule) and kind == "weight"
+                parts[whole] = piece if quantized else _own(piece, self.dtype)
         return parts
+
+
+def _own(view: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """A copy, in this dtype if it is a floating point one."""
+    copied = view.clone(memory_format=torch.contiguous_format)
+    return copied.to(dtype) if dtype is not None and dtype.is_floating_point else copied

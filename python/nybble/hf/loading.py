@@ -21,9 +21,8 @@ from nybble.qtensor import QTensor
 if TYPE_CHECKING:
     from nybble.hf.quantizer import NybbleHfQuantizer
 
-# Names, after that of the module, under which the parts of a quantized weight are stored.
-STORED_NAMES = [
-    "weight",
+# Names, after that of the module, under which the parts of a blockwise weight are stored.
+COMPANIONS = [
     "weight.absmax",
     "weight.quant_map",
     "weight.nested_absmax",
@@ -33,9 +32,8 @@ STORED_NAMES = [
         for row in functional.formats()
         if row["decode"] != "dense" and not definition.is_row_wise(row["name"])
     ),
-    "SCB",
-    "weight_format",
 ]
+STORED_NAMES = ["weight", *COMPANIONS, "SCB", "weight_format"]
 
 
 class _Operation(ConversionOps):  # type: ignore[misc]
@@ -93,13 +91,10 @@ class Deserialize(_Operation):
             for name, value in input_dict.items()
         }
         path = full_layer_name.rpartition(".")[0]
-        module = model.get_submodule(path)
         if len(tensors) == 1:
             return {name: self._dense(model, path, value) for name, value in tensors.items()}
         q = _read(tensors, full_layer_name, self.hf_quantizer.repair)
-        module = _home(model, path, module, q)
-        module._is_hf_initialized = True  # type: ignore[assignment]
-        return {"weight": module.weight}
+        return {"weight": place(model, path, q).weight}
 
     def _dense(self, model: nn.Module, path: str, weight: torch.Tensor) -> torch.Tensor:
         module = model.get_submodule(path)
@@ -162,8 +157,15 @@ def _read(tensors: dict[str, torch.Tensor], name: str, repair: bool) -> QTensor:
         raise CheckpointError(f"'{name}': {error}") from error
 
 
-def _home(model: nn.Module, path: str, module: nn.Module, q: QTensor) -> QuantizedModule:
-    """The quantized module at this place, holding `q`; it replaces one of another kind."""
+def place(model: nn.Module, path: str, q: QTensor) -> QuantizedModule:
+    """Let the module at this place hold `q`; one of another kind is replaced."""
+    module = _home(model, path, q)
+    module._is_hf_initialized = True  # type: ignore[assignment]
+    return module
+
+
+def _home(model: nn.Module, path: str, q: QTensor) -> QuantizedModule:
+    module = model.get_submodule(path)
     old = module.weight
     assert isinstance(old, torch.Tensor)
     quantized = isinstance(module, QuantizedModule)

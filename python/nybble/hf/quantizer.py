@@ -86,7 +86,7 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """Stored parts of a quantized weight are never cast; a dense weight is, in its turn."""
         for operation in getattr(converter, "operations", ()):
-            if isinstance(operation, Deserialize):
+            if isinstance(operation, (Deserialize, conversions.SplitExperts)):
                 operation.dtype = dtype
                 return None
         return super().get_new_dtype(converter, param, dtype)

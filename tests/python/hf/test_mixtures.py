@@ -173,3 +173,31 @@ def test_memory_is_what_the_bits_say(golden: Path):
     total = sum(p.numel() for p in Auto.from_pretrained(path).parameters())
     kept = total - elements
     assert held <= elements * 4.5 / 8 + 2 * kept + 1024  # and a buffer of frequencies
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_experts_that_a_file_holds_in_one_tensor_load(tmp_path: Path, nested: bool):
+    path = make("qwen3_moe", tmp_path)
+    dense = Auto.from_pretrained(path)
+    dense.save_pretrained(tmp_path / "fused", save_original_format=False)
+    nb.quantize_checkpoint(tmp_path / "fused", tmp_path / "out", "nf4", nested=nested, experts=True)
+    stored = nb.open_checkpoint(tmp_path / "out")
+    assert stored.entry("model.layers.0.mlp.experts.gate_up_proj").format == "nf4"
+    model, info = hf.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    assert len(experts(model)) == 2
+    decoded = stored["model.layers.1.mlp.experts.down_proj"].dequantize(torch.float32)
+    found = experts(model)["model.layers.1.mlp.experts"].dequantize(torch.float32)
+    assert torch.equal(found["down_proj"], decoded)
+    model.save_pretrained(tmp_path / "again")
+    again = hf.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_fused_files_are_quantized_while_loading(tmp_path: Path):
+    path = make("mixtral", tmp_path)
+    Auto.from_pretrained(path).save_pretrained(tmp_path / "fused", save_original_format=False)
+    config = hf.NybbleConfig("nf4")
+    one = Auto.from_pretrained(path, quantization_config=config)
+    other = Auto.from_pretrained(tmp_path / "fused", quantization_config=config)
+    assert torch.equal(logits(one), logits(other))
