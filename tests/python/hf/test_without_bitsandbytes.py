@@ -72,10 +72,11 @@ def test_every_kind_is_served_without_bitsandbytes(packages: Path, golden: Path)
         "llama_untied/nf4_stbf16",
         "mixtral/nf4_dq_legacy_experts",
     ]
-    own = Path(nybble.__file__).parents[1]
+    home = Path(nybble.__file__).parents[1]  # of a source tree, or the packages themselves
+    paths = [packages] if home == Path(sysconfig.get_paths()["purelib"]) else [home, packages]
     done = subprocess.run(
         [sys.executable, "-S", "-c", SCRIPT, str(golden), *kinds],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(own), str(packages)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
         capture_output=True,
         text=True,
         timeout=300,
