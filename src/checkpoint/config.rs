@@ -220,7 +220,8 @@ impl Quantization<'_> {
         })
     }
 
-    /// The entry of a model that only nybble reads.
+    /// The entry of a model that only nybble reads. It names no dtype of products: that is the
+    /// input's unless somebody asks for another.
     pub fn nybble(&self) -> Value {
         let overrides: Map<String, Value> = self
             .overrides
@@ -229,7 +230,7 @@ impl Quantization<'_> {
             .collect();
         json!({
             "blocksize": self.blocksize,
-            "compute_dtype": self.compute_dtype.name(),
+            "compute_dtype": Value::Null,
             "format": self.format.name(),
             "nested": self.nested,
             "overrides": overrides,

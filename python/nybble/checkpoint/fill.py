@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,9 +14,8 @@ from nybble.checkpoint.scaffold import Scaffold
 from nybble.errors import CheckpointError, FormatError
 from nybble.nn.choice import is_linear
 from nybble.nn.conversion import Conversions
-from nybble.nn.embedding import QuantizedEmbedding, embedding_class
 from nybble.nn.experts import QuantizedExperts
-from nybble.nn.linear import QuantizedLinear, linear_class
+from nybble.nn.place import hold_weight, weight_shape
 from nybble.nn.quantized import QuantizedModule, empty_quantized
 
 if TYPE_CHECKING:
@@ -92,14 +90,12 @@ def _check(model: nn.Module, checkpoint: Checkpoint, places: dict[str, str]) -> 
 
 def _misfits(name: str, entry: Entry, owner: nn.Module, expected: tuple[int, ...]) -> list[str]:
     """What is wrong with one tensor of a checkpoint."""
-    found = entry.shape
     if entry.format is not None and not isinstance(owner, QuantizedModule):
         if not (is_linear(owner) or isinstance(owner, nn.Embedding)):
             return [f"'{name}' is quantized, but {type(owner).__name__} cannot be"]
-        if is_linear(owner) and not isinstance(owner, nn.Linear):
-            found = found[::-1]
-    if found != expected:
-        return [f"'{name}' has shape {list(found)}, the model {list(expected)}"]
+        expected = weight_shape(owner)
+    if entry.shape != expected:
+        return [f"'{name}' has shape {list(entry.shape)}, the model {list(expected)}"]
     return []
 
 
@@ -141,8 +137,13 @@ def _put(
 ) -> None:
     if isinstance(value, torch.Tensor):
         _fill(model, name, value)
-    else:
-        _hold(model, name, value, compute_dtype)
+        return
+    module, _ = _owner(model, name)
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    if weight.device.type != "meta":
+        value = value.to(weight.device)
+    hold_weight(model, name.rpartition(".")[0], value, compute_dtype)
 
 
 def _fill(model: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -158,31 +159,6 @@ def _fill(model: nn.Module, name: str, value: torch.Tensor) -> None:
         setattr(module, attribute, nn.Parameter(value, requires_grad=target.requires_grad))
     else:
         module._buffers[attribute] = value
-
-
-def _hold(model: nn.Module, name: str, q: QTensor, compute_dtype: torch.dtype | None) -> None:
-    module, _ = _owner(model, name)
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    if weight.device.type != "meta":
-        q = q.to(weight.device)
-    if reference.is_row_wise(q.format):  # whose files do not say what the weight was
-        q = replace(q, dtype=module.dtype if isinstance(module, QuantizedModule) else weight.dtype)
-    if isinstance(module, QuantizedModule):
-        module.hold(q)
-        return
-    bits = reference.spec(q.format)["bits"]
-    replacement: QuantizedLinear | QuantizedEmbedding
-    if isinstance(module, nn.Embedding):
-        replacement = embedding_class(bits).from_qtensor(
-            q, module.padding_idx, compute_dtype=compute_dtype
-        )
-    else:
-        bias = getattr(module, "bias", None)
-        replacement = linear_class(bits).from_qtensor(q, bias, compute_dtype=compute_dtype)
-        replacement.transposed = not isinstance(module, nn.Linear)
-    replacement.train(module.training)
-    model.set_submodule(name.rpartition(".")[0], replacement)
 
 
 def _ties(model: nn.Module) -> list[list[str]]:

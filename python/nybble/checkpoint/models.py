@@ -149,4 +149,6 @@ def _quantization(layers: dict[str, QuantizedModule], dense: list[str]) -> dict[
         overrides,
     )
     described: dict[str, Any] = json.loads(text)
+    if "compute_dtype" in described and example.compute_dtype is not None:
+        described["compute_dtype"] = str(example.compute_dtype).removeprefix("torch.")
     return described

@@ -8,20 +8,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from nybble import reference
 from nybble.errors import CheckpointError, FormatError
-from nybble.hf.config import METHOD, NybbleConfig, ServedConfig
+from nybble.hf.config import NybbleConfig, ServedConfig
 from nybble.nn.coverage import Coverage
 from nybble.nn.linear import Linear8bit
 from nybble.nn.quantized import QuantizedModule
 from nybble.nn.replace import quantize_model
-
-__all__ = ["METHOD", "Wanted", "apply", "of", "served"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +78,9 @@ def of(config: Any, pre_quantized: bool) -> Wanted:
             strict=not pre_quantized,
         )
     if isinstance(config, ServedConfig):
-        compute_dtype = config.compute_dtype
-        wanted = _theirs(config.original)
-        return (
-            wanted
-            if compute_dtype is None
-            else replace(wanted, compute_dtype=getattr(torch, compute_dtype))
-        )
+        named = config.compute_dtype
+        compute_dtype = None if named is None else getattr(torch, named)
+        return replace(_theirs(config.original), compute_dtype=compute_dtype)
     if isinstance(config, BitsAndBytesConfig):
         wanted = _theirs(config.to_dict())
         if pre_quantized:  # of a stored model, bitsandbytes' default compute dtype says nothing
@@ -149,7 +142,7 @@ def apply(wanted: Wanted, model: Any) -> Coverage:
 
 def _left_alone(wanted: Wanted, model: Any) -> list[str]:
     """Paths of modules that stay dense, whatever nybble's own patterns say."""
-    always = [*tied(model), *(model._keep_in_fp32_modules or ()), *wanted.their_skip]
+    always = [*_tied(model), *(model._keep_in_fp32_modules or ()), *wanted.their_skip]
     if wanted.default_skip:
         always += get_keys_to_not_convert(model)
     return [
@@ -161,12 +154,7 @@ def _left_alone(wanted: Wanted, model: Any) -> list[str]:
     ]
 
 
-def tied(model: Any) -> set[str]:
+def _tied(model: Any) -> set[str]:
     """Modules whose weight is another one's too."""
     names = getattr(model, "all_tied_weights_keys", None) or {}
     return {name.removesuffix(".weight") for pair in names.items() for name in pair}
-
-
-def served(model: nn.Module) -> list[QuantizedModule]:
-    """The quantized modules of a model."""
-    return [module for module in model.modules() if isinstance(module, QuantizedModule)]

@@ -29,8 +29,7 @@ def for_quantized_experts(conversions: list[Any], model: nn.Module) -> list[Any]
     }
     if not experts:
         return conversions
-    kept = [_spared(conversion, experts) for conversion in conversions]
-    return [conversion for conversion in kept if conversion is not None] + _splitters(experts)
+    return [_spared(conversion, experts) for conversion in conversions] + _splitters(experts)
 
 
 def for_saving(conversions: list[Any]) -> list[Any]:
@@ -62,12 +61,10 @@ class _Elsewhere(WeightConverter):  # type: ignore[misc]
 
 
 def _spared(conversion: Any, experts: Mapping[str, QuantizedExperts]) -> Any:
-    """The conversion for what is not quantized; None if nothing is left."""
-    targets = tuple(
-        pattern.replace("\\", "") for pattern in getattr(conversion, "target_patterns", ())
-    )
+    """The conversion, without effect on experts that are quantized."""
     if not isinstance(conversion, WeightConverter):
         return conversion
+    targets = tuple(pattern.replace("\\", "") for pattern in conversion.target_patterns)
     concerned = [
         path
         for path, module in experts.items()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
 
 from nybble import _core, functional
 from nybble import reference as definition
 from nybble.errors import CheckpointError, Error
-from nybble.nn.embedding import embedding_class
-from nybble.nn.linear import linear_class
+from nybble.nn.linear import QuantizedLinear
+from nybble.nn.place import hold_weight, weight_shape
 from nybble.nn.quantized import QuantizedModule
 from nybble.qtensor import QTensor
 
@@ -132,20 +132,17 @@ class Serialize(ConversionOps):  # type: ignore[misc]
 
 def make_dense(model: nn.Module, path: str, module: QuantizedModule) -> nn.Module:
     """Put an empty dense module in the place of a quantized one; the bias stays."""
-    bias = getattr(module, "bias", None)
     rows, columns = module.shape
     dense: nn.Module
-    if not hasattr(module, "to_linear"):
-        dense = nn.Embedding(rows, columns, device="meta", dtype=module.dtype)
-    elif getattr(module, "transposed", False):
-        from transformers.pytorch_utils import Conv1D
-
-        with torch.device("meta"):
+    with torch.device("meta"):
+        if not isinstance(module, QuantizedLinear):
+            dense = nn.Embedding(rows, columns, dtype=module.dtype)
+        elif module.transposed:
             dense = Conv1D(rows, columns).to(module.dtype)
-    else:
-        dense = nn.Linear(columns, rows, bias=False, device="meta", dtype=module.dtype)
-    if hasattr(module, "to_linear"):
-        dense.register_parameter("bias", bias)
+        else:
+            dense = nn.Linear(columns, rows, bias=False, dtype=module.dtype)
+    if isinstance(module, QuantizedLinear):
+        dense.register_parameter("bias", module.bias)
     model.set_submodule(path, dense.train(module.training))
     return dense
 
@@ -159,41 +156,12 @@ def _read(tensors: dict[str, torch.Tensor], name: str, repair: bool) -> QTensor:
 
 def place(model: nn.Module, path: str, q: QTensor) -> QuantizedModule:
     """Let the module at this place hold `q`; one of another kind is replaced."""
-    module = _home(model, path, q)
-    module._is_hf_initialized = True  # type: ignore[assignment]
-    return module
-
-
-def _home(model: nn.Module, path: str, q: QTensor) -> QuantizedModule:
-    module = model.get_submodule(path)
-    old = module.weight
-    assert isinstance(old, torch.Tensor)
-    quantized = isinstance(module, QuantizedModule)
-    transposed = getattr(module, "transposed", not isinstance(module, nn.Linear))
-    dtype = module.dtype if isinstance(module, QuantizedModule) else old.dtype
-    shape = module.shape if isinstance(module, QuantizedModule) else old.shape
-    if not quantized and transposed and not isinstance(module, nn.Embedding):
-        shape = shape[::-1]
-    if tuple(shape) != tuple(q.shape):
+    shape = weight_shape(model.get_submodule(path))
+    if shape != tuple(q.shape):
         raise CheckpointError(
             f"'{path}.weight' has shape {list(q.shape)} in the checkpoint and"
             f" {list(shape)} in the model; the config is not this checkpoint's"
         )
-    if definition.is_row_wise(q.format):  # whose files do not say what the weight was
-        q = replace(q, dtype=dtype)
-    bits = definition.spec(q.format)["bits"]
-    if isinstance(module, QuantizedModule) and module.bits == bits:
-        module.hold(q)
-        return module
-    compute_dtype = getattr(module, "compute_dtype", None)
-    made: QuantizedModule
-    if isinstance(module, nn.Embedding) or hasattr(module, "to_embedding"):
-        made = embedding_class(bits).from_qtensor(
-            q, getattr(module, "padding_idx", None), compute_dtype=compute_dtype
-        )
-    else:
-        bias = getattr(module, "bias", None)
-        made = linear_class(bits).from_qtensor(q, bias, compute_dtype=compute_dtype)
-        made.transposed = bool(transposed) if quantized else not isinstance(module, nn.Linear)
-    model.set_submodule(path, made.train(module.training))
-    return made
+    module = hold_weight(model, path, q)
+    module._is_hf_initialized = True  # type: ignore[assignment]
+    return module

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from nybble import state
 from nybble.errors import DeviceError
 from nybble.hf import checks, choice, conversions
+from nybble.hf.config import METHOD
 from nybble.hf.loading import STORED_NAMES, Deserialize, Quantize, make_dense
 from nybble.nn.coverage import Coverage
 from nybble.nn.experts import QuantizedExperts
@@ -134,7 +135,7 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
         """In files of nybble's own method, int8 codes do not look like a dense weight."""
-        own = self.quantization_config.to_dict().get("quant_method") == choice.METHOD
+        own = self.quantization_config.to_dict().get("quant_method") == METHOD
         if not own or not any(
             isinstance(module, QuantizedModule) and module.format == "int8"
             for module in model.modules()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,30 @@ def test_generate_works_and_compiles(make: Make):
     assert model.hf_quantizer.is_compileable
     model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
     assert torch.equal(model.generate(IDS, cache_implementation="static", **plain), want)
+
+
+@pytest.mark.parametrize("asked", [None, torch.bfloat16])
+def test_a_converted_checkpoint_computes_in_the_dtype_of_its_input(
+    make: Make, tmp_path: Path, asked: torch.dtype | None
+):
+    nb.quantize_checkpoint(make("llama"), tmp_path / "out", "int4")
+    options = {} if asked is None else {"compute_dtype": asked}
+    model = hf.from_pretrained(tmp_path / "out", dtype=torch.float32, **options)
+    assert {module.compute_dtype for module in quantized(model).values()} == {asked}
+    found = outputs(model)
+    model.dequantize()
+    error = float((found - outputs(model)).norm() / found.norm())
+    assert (error < 1e-5) == (asked is None)
+
+
+def test_save_model_says_a_compute_dtype_only_if_there_is_one(make: Make, tmp_path: Path):
+    for dtype, written in ((None, None), (torch.bfloat16, "bfloat16")):
+        model = load(make("llama"), dtype=torch.float32)
+        nb.quantize_model(model, "int4", compute_dtype=dtype)
+        nb.save_model(model, tmp_path / "saved", overwrite=True)
+        entry = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+        assert entry["compute_dtype"] == written
+        assert torch.equal(outputs(load(tmp_path / "saved")), outputs(model))
 
 
 def test_half_of_a_model_leaves_scales_alone(make: Make):
