@@ -159,7 +159,9 @@ def int8_linear(
     outlier = (flat.abs() >= threshold).any(dim=0) if threshold > 0 else None
     inliers = flat if outlier is None else flat.masked_fill(outlier, 0.0)
     scale = inliers.abs().amax(dim=1, keepdim=True) if x.shape[-1] else flat.new_zeros(len(flat), 1)
-    factor = torch.where(scale > 0, 127 / scale, torch.zeros_like(scale))
+    # Not `127 / scale`: torch takes that for 127 times the reciprocal, which rounds twice.
+    factor = torch.full_like(scale, 127) / scale
+    factor = torch.where(scale > 0, factor, torch.zeros_like(scale))
     codes = torch.round(inliers * factor)
     product = (codes.double() @ packed.double().T).float()
     out = product * (scale * absmax) * (1 / 127**2)

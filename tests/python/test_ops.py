@@ -160,3 +160,17 @@ def test_the_short_way_is_not_taken_where_torch_wants_to_see_the_op():
     assert "nybble.linear" in graph.code
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert nb.linear(mode.from_tensor(x), q).shape == (2, 8)
+
+
+def test_the_definition_of_llm_int8_rounds_a_factor_once():
+    # torch takes 127 / tensor for 127 times the reciprocal, rounded twice. Values half way between
+    # two codes, and their neighbours, tell the one from the other.
+    scale = 1 + torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0))
+    half = (torch.arange(64, 127) + 0.5).repeat(20_000 // 63 + 1)[:20_000, None] * scale / 127
+    x = torch.cat([scale, half, torch.nextafter(half, scale), torch.nextafter(half, 0 * half)], 1)
+    x = torch.cat([x, torch.zeros_like(x)], 1)
+    once, twice = torch.full_like(scale, 127) / scale, scale.reciprocal() * 127
+    assert not torch.equal(torch.round(x * once), torch.round(x * twice))
+    weight = torch.eye(8, dtype=torch.int8) * 127
+    expected = reference.int8_linear(x, weight, torch.ones(8), None, 0.0)
+    assert torch.equal(nb_ops.int8_linear(x, weight, torch.ones(8), None, 0.0), expected)
