@@ -11,6 +11,7 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging
 
 from nybble import reference
 from nybble.errors import CheckpointError, FormatError
@@ -19,6 +20,8 @@ from nybble.nn.coverage import Coverage
 from nybble.nn.linear import Linear8bit
 from nybble.nn.quantized import QuantizedModule
 from nybble.nn.replace import quantize_model
+
+logger = logging.get_logger("nybble.hf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +135,9 @@ def apply(wanted: Wanted, model: Any) -> Coverage:
             f"overrides name modules that {type(model).__name__} lacks: {lacking}; its quantized"
             f" modules are called like {[row.name for row in coverage.quantized[:2]]}"
         )
+    idle = [pattern for pattern in coverage.unused if pattern in wanted.skip]
+    if wanted.strict and idle:
+        logger.warning("%s", f"skip names nothing in {type(model).__name__}: {idle}")
     for module in model.modules():
         if isinstance(module, QuantizedModule):
             module.storage = wanted.storage

@@ -227,6 +227,11 @@ def test_an_override_that_fits_nothing_is_an_error(make: Make):
         load(make("llama"), config)
 
 
+def test_a_skip_pattern_that_fits_nothing_is_said(make: Make, caplog: pytest.LogCaptureFixture):
+    load(make("llama"), hf.NybbleConfig("nf4", skip=["lm_head", "c_attn"]))
+    assert "skip names nothing in LlamaForCausalLM: ['c_attn']" in caplog.text
+
+
 def test_the_disk_is_no_place_for_quantized_weights(make: Make, tmp_path: Path):
     with pytest.raises(DeviceError, match="the disk"):
         load(
