@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nybble import _core, ops
+from nybble import _core, ops, products
 from nybble._memory import memory
 from nybble.errors import DtypeError, FormatError
 from nybble.qtensor import QTensor
@@ -89,11 +89,11 @@ def linear(x: torch.Tensor, q: QTensor, bias: torch.Tensor | None = None) -> tor
         bias: [out_features], or None.
 
     Returns:
-        [..., out_features] in the dtype of `x`. Weights are decoded with float32 scales and
-        rounded to the dtype of `x`; on a processor that does not multiply in it, more than one
-        row is multiplied in float32 and only the result is rounded.
+        [..., out_features] in the dtype of `x`. On a CPU codes are exact, scales and sums are
+        float32, and only the result is rounded; bfloat16 is multiplied in bfloat16 where the
+        processor can, with weights that are at most half a unit of it off.
     """
-    return ops.linear(autocast(x), *q.parts, bias, *q.how)
+    return products.linear(autocast(x), *q.parts, bias, *q.how, q.memo)
 
 
 def autocast(x: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ _SCHEMAS = {
     ),
     "dequantize": f"({_WEIGHT}, {_HOW}, ScalarType dtype) -> Tensor",
     "linear": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_HOW}) -> Tensor",
+    "linear_backward": f"(Tensor grad, {_WEIGHT}, {_HOW}) -> Tensor",
     "embedding": f"(Tensor ids, {_WEIGHT}, {_HOW}, ScalarType dtype) -> Tensor",
     "int8_linear": (
         "(Tensor x, Tensor packed, Tensor absmax, Tensor? bias, float threshold) -> Tensor"
@@ -151,13 +152,7 @@ def _dequantize_fake(
     return packed.new_empty(tuple(shape), dtype=dtype)
 
 
-# --- linear ---------------------------------------------------------------------------------
-
-# Elements of the weight that are decoded at a time. A single row of activations is multiplied
-# tile by tile while the tile is in the cache. For more rows each product starts torch's threads,
-# which costs more than the cache gives, so the tile only bounds the memory.
-_TILE_OF_ONE_ROW = 1 << 21
-_TILE = 1 << 24
+# --- what products share --------------------------------------------------------------------
 
 
 @functools.cache
@@ -173,7 +168,7 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
     return dtype if supported is not None and supported() else torch.float32
 
 
-def _check_product(x: Tensor, shape: Sequence[int]) -> None:
+def check_product(x: Tensor, shape: Sequence[int]) -> None:
     if len(shape) == 2 and x.dim() > 0 and x.shape[-1] == shape[1] and x.is_floating_point():
         return
     torch._check(
@@ -188,7 +183,7 @@ def _check_product(x: Tensor, shape: Sequence[int]) -> None:
     )
 
 
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Torch's linear in the dtype of its arguments, whatever an autocast around the op says."""
     if torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
@@ -196,7 +191,7 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def _folded(rows: Tensor, x: Tensor) -> Tensor:
+def folded(rows: Tensor, x: Tensor) -> Tensor:
     """The rows of a product in the leading shape of `x`.
 
     Not a view, as torch's own product is none: autograd refuses to change views that a custom op
@@ -208,122 +203,21 @@ def _folded(rows: Tensor, x: Tensor) -> Tensor:
     return folded
 
 
-def _linear_cpu(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    bias: Tensor | None,
-    format: str,
-    blocksize: int,
-    shape: Sequence[int],
-) -> Tensor:
-    parts = weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
-    _check_product(x, shape)
-    out_features, in_features = shape
-    flat = x.reshape(-1, in_features)
-    if flat.shape[0] > 1:  # torch has quick code of its own for one row of any dtype
-        flat = flat.to(arithmetic(x.dtype))
-    bias = None if bias is None else bias.to(flat.dtype)
-    tile_elements = _TILE_OF_ONE_ROW if flat.shape[0] == 1 else _TILE
-    rows = max(1, tile_elements // max(1, in_features))
-    if rows >= out_features:
-        tile = flat.new_empty(out_features, in_features)
-        _core.dequantize(parts, memory(tile))
-        out = _dense(flat, tile, bias)
-    else:
-        out = flat.new_empty(flat.shape[0], out_features)
-        scratch = flat.new_empty(rows, in_features)
-        for start in range(0, out_features, rows):
-            stop = min(start + rows, out_features)
-            tile = scratch[: stop - start]
-            _core.dequantize(parts, memory(tile), start * in_features)
-            part = None if bias is None else bias[start:stop]
-            out[:, start:stop] = _dense(flat, tile, part)
-    return _folded(out.to(x.dtype), x)
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.maybe_current_level
+_tracing = torch._C._get_tracing_state
 
 
-torch.library.impl("nybble::linear", "cpu")(_linear_cpu)
-torch.library.impl("nybble::linear", "CompositeExplicitAutograd")(reference.linear)
-
-
-@torch.library.register_fake("nybble::linear")
-def _linear_fake(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    bias: Tensor | None,
-    format: str,
-    blocksize: int,
-    shape: Sequence[int],
-) -> Tensor:
-    _check_product(x, shape)
-    return x.new_empty(*x.shape[:-1], shape[0])
-
-
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, absmax, nested_absmax, nested_offset, bias, format, blocksize, shape = inputs
-    ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
-    ctx.how = (format, blocksize, shape)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """grad_x = grad @ W, with W decoded again in the dtype of grad; the weight is frozen."""
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        wide = arithmetic(grad.dtype) if grad.device.type == "cpu" else grad.dtype
-        weight = torch.ops.nybble.dequantize(*ctx.saved_tensors, *ctx.how, wide)
-        grad_x = (grad.to(wide) @ weight).to(grad.dtype)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, None, grad_bias, None, None, None
-
-
-torch.library.register_autograd("nybble::linear", _linear_backward, setup_context=_linear_setup)
-
-
-def linear(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    bias: Tensor | None,
-    format: str,
-    blocksize: int,
-    shape: Sequence[int],
-) -> Tensor:
-    """`torch.ops.nybble.linear`; calls the CPU kernel itself where nothing else has a say.
-
-    For a small layer and one row, torch's way to a kernel in Python takes longer than the kernel.
-    """
-    arguments = (
-        *(x, packed, absmax, nested_absmax, nested_offset, bias),
-        *(format, blocksize, shape),
-    )
-    wants_gradient = torch.is_grad_enabled() and (
-        x.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    if torch.compiler.is_compiling() or wants_gradient or not _is_plain(x, packed):
-        result: Tensor = torch.ops.nybble.linear(*arguments)
-        return result
-    return _linear_cpu(*arguments)
-
-
-def _is_plain(x: Tensor, packed: Tensor) -> bool:
+def is_plain(x: Tensor, packed: Tensor) -> bool:
     """Whether no subclass, mode or transform of torch wants to see what is done with these."""
     return (
         type(x) is Tensor
         and x.is_cpu
         and packed.is_cpu
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.maybe_current_level() is None
+        and _modes() == 0
+        and _transforms() is None
         and torch.autograd.forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
+        and _tracing() is None
     )
 
 
@@ -382,7 +276,7 @@ def _int8_product(codes: Tensor, weight: Tensor) -> Tensor:
 def _int8_linear_cpu(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
 ) -> Tensor:
-    _check_product(x, packed.shape)
+    check_product(x, packed.shape)
     in_features = packed.shape[1]
     flat = x.reshape(-1, in_features).contiguous()
     codes = flat.new_empty(flat.shape, dtype=torch.int8)
@@ -394,10 +288,10 @@ def _int8_linear_cpu(
     out = product * (scale[:, None] * absmax) * (1 / 127**2)
     if outliers:
         weight = packed[:, outliers].float() * absmax[:, None] * (1 / 127)
-        out += _dense(flat[:, outliers].float(), weight, None)
+        out += dense(flat[:, outliers].float(), weight, None)
     if bias is not None:
         out += bias.float()
-    return _folded(out.to(x.dtype), x)
+    return folded(out.to(x.dtype), x)
 
 
 torch.library.impl("nybble::int8_linear", "CompositeExplicitAutograd")(reference.int8_linear)
@@ -407,7 +301,7 @@ torch.library.impl("nybble::int8_linear", "CompositeExplicitAutograd")(reference
 def _int8_linear_fake(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
 ) -> Tensor:
-    _check_product(x, packed.shape)
+    check_product(x, packed.shape)
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from nybble import ops, reference, state
 from nybble.errors import FormatError
+from nybble.products import Memo
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,10 +66,15 @@ class QTensor:
         """The tensors, in the order in which the ops take them."""
         return self.packed, self.absmax, self.nested_absmax, self.nested_offset
 
-    @property
+    @cached_property
     def how(self) -> tuple[str, int, list[int]]:
         """Format, block size and shape, in the order in which the ops take them."""
         return self.format, self.blocksize, list(self.shape)
+
+    @cached_property
+    def memo(self) -> Memo:
+        """What products remember of it."""
+        return Memo()
 
     @property
     def nbytes(self) -> int:

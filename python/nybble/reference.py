@@ -129,6 +129,22 @@ def linear(
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
+def linear_backward(
+    grad: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_absmax: torch.Tensor | None,
+    nested_offset: torch.Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+) -> torch.Tensor:
+    """`grad @ dequantize(weight)` in the dtype of grad: the gradient of the input of `linear`."""
+    return grad @ dequantize(
+        packed, absmax, nested_absmax, nested_offset, format, blocksize, shape, grad.dtype
+    )
+
+
 def embedding(
     ids: torch.Tensor,
     packed: torch.Tensor,

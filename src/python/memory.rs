@@ -70,6 +70,11 @@ impl Memory {
         KINDS.iter().find(|(_, kind)| *kind == self.kind).map_or("", |(name, _)| *name)
     }
 
+    /// Where it is.
+    pub fn address(self) -> usize {
+        self.address
+    }
+
     /// The memory as elements to read.
     pub fn slice<'a, T: Stored>(self) -> Result<&'a [T]> {
         let pointer = self.pointer::<T>()?;

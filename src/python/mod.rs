@@ -9,6 +9,7 @@ mod convert;
 mod error;
 mod memory;
 mod ops;
+mod products;
 mod quant_state;
 
 use pyo3::prelude::*;
@@ -25,6 +26,8 @@ mod _core {
         cpu, default_threads, dequantize, dequantize_rows, error_stats, formats, layout,
         pack_codes, quantize, quantize_activations, unpack_codes,
     };
+    #[pymodule_export]
+    use super::products::Prepared;
     #[pymodule_export]
     use super::quant_state::{parse_quant_state, quant_state_key, render_quant_state};
 

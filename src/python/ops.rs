@@ -72,7 +72,20 @@ pub fn layout(
 pub struct Weight(String, Vec<usize>, usize, Memory, Memory, Option<Memory>, Option<Memory>);
 
 impl Weight {
-    fn checked(&self) -> Result<QTensor<'static>> {
+    /// The shape.
+    pub fn shape(&self) -> &[usize] {
+        &self.1
+    }
+
+    /// Where codes, scales, and the scales and offset of nested scales are.
+    pub fn addresses(&self) -> (usize, usize, Option<(usize, usize)>) {
+        let nested = self.5.as_ref().zip(self.6.as_ref());
+        let nested = nested.map(|(absmax, offset)| (absmax.address(), offset.address()));
+        (self.3.address(), self.4.address(), nested)
+    }
+
+    /// The tensor, with all lengths checked.
+    pub fn checked(&self) -> Result<QTensor<'static>> {
         let Weight(format, shape, blocksize, packed, absmax, nested_absmax, nested_offset) = self;
         let format = Format::parse_quantized(format)?;
         let nested = nested_absmax.is_some();
@@ -242,7 +255,8 @@ pub fn default_threads() -> usize {
     threads::default_threads()
 }
 
-fn float(memory: Memory) -> Result<Dtype> {
+/// The floating point type of some memory.
+pub fn float(memory: Memory) -> Result<Dtype> {
     Dtype::ALL.into_iter().find(|dtype| dtype.name() == memory.dtype()).ok_or_else(|| {
         Error::Dtype {
             what: "values",

@@ -2,6 +2,7 @@
 
 pub mod blockwise;
 pub mod nested;
+pub mod product;
 pub mod rowwise;
 pub mod stats;
 pub mod torch_sum;

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from nybble import ops
+from nybble import ops, products
 from nybble.errors import FormatError
 from nybble.functional import autocast, quantize
 from nybble.nn.quantized import QuantizedModule, empty_quantized
@@ -54,7 +54,7 @@ class QuantizedLinear(QuantizedModule):
             empty_quantized(shape, format, blocksize, nested, dtype, device), compute_dtype
         )
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
-        self.bias = None if zeros is None else nn.Parameter(zeros)
+        self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
         self.transposed = False
 
     @classmethod
@@ -119,22 +119,26 @@ class QuantizedLinear(QuantizedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features] in the dtype of `x`."""
-        entered = x = autocast(x)
-        if self.compute_dtype is not None and x.dtype != self.compute_dtype:
-            x = x.to(self.compute_dtype)
-        return self._product(x).to(entered.dtype)
+        x = autocast(x)
+        wanted, given = self.compute_dtype, x.dtype
+        if wanted is None or wanted == given:
+            return self._product(x)
+        return self._product(x.to(wanted)).to(given)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.linear(
+        # Not through `Module.__getattr__`, which takes longer than a small product.
+        parameters, buffers = self._parameters, self._buffers
+        return products.linear(
             x,
-            self.weight,
-            self.absmax,
-            self.nested_absmax,
-            self.nested_offset,
-            self.bias,
+            parameters["weight"],
+            buffers["absmax"],
+            buffers["nested_absmax"],
+            buffers["nested_offset"],
+            parameters["bias"],
             self.format,
             self.blocksize,
             self.shape,
+            self._memo,
         )
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:

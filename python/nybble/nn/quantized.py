@@ -12,6 +12,7 @@ from torch import nn
 from nybble import _core, reference, state
 from nybble.errors import CheckpointError, DeviceError, FormatError
 from nybble.functional import quantize
+from nybble.products import Memo
 from nybble.qtensor import QTensor
 
 _SCALES = ("absmax", "nested_absmax", "nested_offset")
@@ -57,6 +58,7 @@ class QuantizedModule(nn.Module):
                 f" {bits}-bit class"
             )
         self.compute_dtype = compute_dtype
+        self._memo = Memo()
         self.hold(q)
 
     def hold(self, q: QTensor) -> None:

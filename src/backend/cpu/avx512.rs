@@ -18,6 +18,25 @@ use crate::quant::blockwise::Blocks;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Avx512(());
 
+/// Proof that the machine has AVX512-BF16, VNNI and VBMI beside everything of [`Avx512`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Avx512Ext(Avx512);
+
+impl Avx512Ext {
+    /// Asks the machine.
+    pub fn detect() -> Option<Self> {
+        let found = is_x86_feature_detected!("avx512bf16")
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("avx512vbmi");
+        Avx512::detect().filter(|_| found).map(Self)
+    }
+
+    /// The smaller proof.
+    pub const fn base(self) -> Avx512 {
+        self.0
+    }
+}
+
 impl Avx512 {
     /// Asks the machine.
     pub fn detect() -> Option<Self> {

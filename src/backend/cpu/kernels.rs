@@ -14,7 +14,7 @@ use crate::quant::rowwise;
 #[cfg(target_arch = "x86_64")]
 use super::{
     avx2::{self, Avx2, Lanes8},
-    avx512::{self, Avx512, Lanes16},
+    avx512::{self, Avx512, Avx512Ext, Lanes16},
 };
 
 /// An element type that every instruction set of this build can load and store.
@@ -68,6 +68,8 @@ impl<T: Lanes> Kernels<T> {
             Isa::Avx2(proof) => avx2::kernels(proof),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(proof) => avx512::kernels(proof),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Ext(proof) => Self { isa, ..avx512::kernels(proof.base()) },
         }
     }
 }
@@ -84,6 +86,9 @@ pub enum Isa {
     /// AVX-512 F, BW, DQ and VL, beside everything of [`Isa::Avx2`].
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
+    /// AVX512-BF16, VNNI and VBMI, beside everything of [`Isa::Avx512`].
+    #[cfg(target_arch = "x86_64")]
+    Avx512Ext(Avx512Ext),
 }
 
 impl Isa {
@@ -91,7 +96,11 @@ impl Isa {
     pub fn available() -> Vec<Isa> {
         let scalar = [Some(Isa::Scalar)];
         #[cfg(target_arch = "x86_64")]
-        let vectors = [Avx2::detect().map(Isa::Avx2), Avx512::detect().map(Isa::Avx512)];
+        let vectors = [
+            Avx2::detect().map(Isa::Avx2),
+            Avx512::detect().map(Isa::Avx512),
+            Avx512Ext::detect().map(Isa::Avx512Ext),
+        ];
         #[cfg(not(target_arch = "x86_64"))]
         let vectors = [];
         scalar.into_iter().chain(vectors).flatten().collect()
@@ -104,7 +113,19 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512(_) => "avx512",
+            Isa::Avx512(_) => "avx512-base",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Ext(_) => "avx512",
+        }
+    }
+
+    /// The name without what a processor may lack beside it: `NYBBLE_CPU=avx512` takes the best
+    /// that there is of AVX-512.
+    const fn family(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(_) | Isa::Avx512Ext(_) => "avx512",
+            other => other.name(),
         }
     }
 
@@ -118,7 +139,8 @@ impl Isa {
         let fastest = available.last().copied().unwrap_or(Isa::Scalar);
         let isa = match std::env::var("NYBBLE_CPU") {
             Ok(name) if !name.is_empty() => {
-                available.iter().copied().find(|isa| isa.name() == name).ok_or_else(|| {
+                let named = |isa: &Isa| isa.name() == name || isa.family() == name;
+                available.iter().rev().copied().find(named).ok_or_else(|| {
                     Error::unknown("NYBBLE_CPU", &name, available.iter().map(|isa| isa.name()))
                 })?
             }

@@ -9,6 +9,7 @@ mod avx2;
 mod avx512;
 mod decode;
 pub mod kernels;
+mod product;
 mod quantize;
 #[cfg(target_arch = "x86_64")]
 mod simd;

@@ -1,5 +1,6 @@
 //! The threads that large tensors are split over.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -40,6 +41,34 @@ pub fn spread<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
     match pool(threads) {
         Some(pool) => pool.install(work),
         None => work(),
+    }
+}
+
+/// Calls `work` once for each of `parts` numbers, on at most `threads` threads.
+///
+/// Parts are taken one after the other by whoever is free, this thread included: it does not
+/// wait for the others to wake up, and a thread that is held up delays one part.
+pub fn share(threads: usize, parts: usize, work: impl Fn(usize) + Sync) {
+    let next = AtomicUsize::new(0);
+    let take = || {
+        loop {
+            let part = next.fetch_add(1, Ordering::Relaxed);
+            if part >= parts {
+                break;
+            }
+            work(part);
+        }
+    };
+    let threads = threads.min(parts);
+    let pool = if threads > 1 { pool(threads) } else { None };
+    match pool {
+        Some(pool) => pool.in_place_scope(|scope| {
+            for _ in 1..threads {
+                scope.spawn(|_| take());
+            }
+            take();
+        }),
+        None => take(),
     }
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nybble import ops
+from nybble import ops, products
 from nybble.compat.bitsandbytes._blockwise import deliver
 from nybble.compat.bitsandbytes._four_bit import dequantize_4bit, how, parts
 from nybble.compat.bitsandbytes._int8 import int8_vectorwise_quant
@@ -57,7 +57,7 @@ def matmul_4bit(
         decoded = dequantize_4bit(packed, quant_state).to(A.dtype)
         result = torch.nn.functional.linear(A, decoded.t(), bias)
     else:
-        result = ops.linear(A, *parts(packed, quant_state), bias, *how(quant_state))
+        result = products.linear(A, *parts(packed, quant_state), bias, *how(quant_state))
     return deliver(result, out)
 
 
@@ -211,7 +211,7 @@ def matmul(
         weight = _RoundTrip.apply(B, decoded).to(A.dtype)
         result = torch.nn.functional.linear(A, weight, None if bias is None else bias.to(A.dtype))
     else:
-        result = ops.linear(A, codes, scales, None, None, bias, *_how(codes))
+        result = products.linear(A, codes, scales, None, None, bias, *_how(codes))
     return deliver(result, out)
 
 

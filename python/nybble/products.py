@@ -1,0 +1,215 @@
+"""Products with a quantized weight: `torch.ops.nybble.linear` and its gradient.
+
+On a CPU the kernels decode the weight on the way; it never exists as a whole. Other devices, and
+activations in types without kernels, use the definition in `reference.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble import _core, ops, reference
+from nybble._memory import memory, optional_memory
+
+_FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+# Asked for once, like everything that the core reads from the environment.
+_THREADS = int(os.environ["NYBBLE_NUM_THREADS"]) if "NYBBLE_NUM_THREADS" in os.environ else None
+
+
+def threads() -> int:
+    """Threads of a product: `NYBBLE_NUM_THREADS`, else as many as torch uses at the moment."""
+    return torch.get_num_threads() if _THREADS is None else _THREADS
+
+
+def _linear_cpu(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+) -> Tensor:
+    ops.check_product(x, shape)
+    parts = (packed, absmax, nested_absmax, nested_offset)
+    if x.dtype not in _FLOATS:
+        return reference.linear(x, *parts, bias, format, blocksize, list(shape))
+    weight = ops.weight(*parts, format, blocksize, shape)
+    return _product(_core.Prepared(weight), x, bias, shape[0])
+
+
+def _product(prepared: _core.Prepared, x: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    x = x.contiguous()
+    if bias is not None:
+        bias = bias.contiguous() if bias.dtype in _FLOATS else bias.float().contiguous()
+    # Slices of shapes are slow.
+    shape = (x.shape[0], rows) if x.dim() == 2 else (*x.shape[:-1], rows)
+    out = x.new_empty(shape)
+    prepared.linear(memory(x), optional_memory(bias), memory(out), threads())
+    return out
+
+
+torch.library.impl("nybble::linear", "cpu")(_linear_cpu)
+torch.library.impl("nybble::linear", "CompositeExplicitAutograd")(reference.linear)
+
+
+@torch.library.register_fake("nybble::linear")
+def _linear_fake(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+) -> Tensor:
+    ops.check_product(x, shape)
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+@torch.library.impl("nybble::linear_backward", "cpu")
+def _backward_cpu(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+) -> Tensor:
+    weight = (packed, absmax, nested_absmax, nested_offset, format, blocksize, list(shape))
+    if grad.dtype not in _FLOATS:
+        return reference.linear_backward(grad, *weight)
+    grad = grad.contiguous()
+    out = grad.new_empty((*grad.shape[:-1], shape[1]))
+    _core.Prepared(ops.weight(*weight)).linear_backward(memory(grad), memory(out), threads())
+    return out
+
+
+torch.library.impl("nybble::linear_backward", "CompositeExplicitAutograd")(
+    reference.linear_backward
+)
+
+
+@torch.library.register_fake("nybble::linear_backward")
+def _backward_fake(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], shape[1])
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, absmax, nested_absmax, nested_offset, bias, format, blocksize, shape = inputs
+    ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
+    ctx.how = (format, blocksize, shape)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """grad_x = grad @ W; the weight is frozen."""
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.nybble.linear_backward(grad, *ctx.saved_tensors, *ctx.how)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, None, grad_bias, None, None, None
+
+
+torch.library.register_autograd("nybble::linear", _linear_backward, setup_context=_linear_setup)
+
+
+_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
+
+
+def _others_have_a_say(x: Tensor, packed: Tensor, bias: Tensor | None) -> bool:
+    """Whether a gradient is wanted, or a tracer, mode or subclass of torch is to be asked."""
+    if _is_compiling():
+        return True
+    if _grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return True
+    return not ops.is_plain(x, packed)
+
+
+class Memo:
+    """Descriptions of weights by the modules or tensors that hold them.
+
+    To describe a weight takes longer than to multiply with a small one. A description holds
+    addresses, so it is only used while the tensors are still where they were.
+    """
+
+    __slots__ = ("_prepared",)
+
+    def __init__(self) -> None:
+        self._prepared: _core.Prepared | None = None
+
+    def get(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor | None,
+        nested_offset: Tensor | None,
+        format: str,
+        blocksize: int,
+        shape: Sequence[int],
+    ) -> _core.Prepared:
+        """The description of a weight in host memory."""
+        nested = None
+        if nested_absmax is not None and nested_offset is not None:
+            nested = (nested_absmax.data_ptr(), nested_offset.data_ptr())
+        prepared = self._prepared
+        if prepared is None or not prepared.is_at(packed.data_ptr(), absmax.data_ptr(), nested):
+            weight = ops.weight(
+                packed, absmax, nested_absmax, nested_offset, format, blocksize, shape
+            )
+            prepared = self._prepared = _core.Prepared(weight)
+        return prepared
+
+    def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
+        """A copy starts empty: addresses mean nothing elsewhere."""
+        return Memo, ()
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+    memo: Memo | None = None,
+) -> Tensor:
+    """`torch.ops.nybble.linear`; calls the CPU kernel itself where nothing else has a say.
+
+    For a small layer and one row, torch's way to a kernel in Python takes longer than the kernel.
+    `memo` spares describing the weight again.
+    """
+    parts = (packed, absmax, nested_absmax, nested_offset)
+    if _others_have_a_say(x, packed, bias):
+        result: Tensor = torch.ops.nybble.linear(x, *parts, bias, format, blocksize, shape)
+        return result
+    if memo is None or x.dtype not in _FLOATS:
+        return _linear_cpu(x, *parts, bias, format, blocksize, shape)
+    ops.check_product(x, shape)
+    return _product(memo.get(*parts, format, blocksize, shape), x, bias, shape[0])

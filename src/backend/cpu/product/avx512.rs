@@ -1,0 +1,191 @@
+//! AVX-512: sixteen f32 a vector.
+
+#![allow(clippy::wildcard_imports)]
+
+use std::arch::x86_64::*;
+
+use super::super::Lanes;
+use super::super::avx512::{Avx512, Lanes16};
+use super::lanes::{Dot, Vector};
+
+/// The square of 16 by 16 words with rows and columns exchanged.
+#[inline(always)]
+pub(super) fn transposed(_: Avx512, rows: [__m512i; 16]) -> [__m512i; 16] {
+    // SAFETY: the proof implies AVX-512 F.
+    unsafe {
+        let zero = _mm512_setzero_si512();
+        let (mut a, mut b) = ([zero; 16], [zero; 16]);
+        for i in 0..8 {
+            a[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+            a[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+        }
+        // b[4i + j]: column j of each quarter, of rows 4i to 4i + 3.
+        for i in 0..4 {
+            b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+            b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+            b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+            b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+        }
+        for j in 0..4 {
+            let low = _mm512_shuffle_i32x4::<0x88>(b[j], b[4 + j]);
+            let high = _mm512_shuffle_i32x4::<0xdd>(b[j], b[4 + j]);
+            let low2 = _mm512_shuffle_i32x4::<0x88>(b[8 + j], b[12 + j]);
+            let high2 = _mm512_shuffle_i32x4::<0xdd>(b[8 + j], b[12 + j]);
+            a[j] = _mm512_shuffle_i32x4::<0x88>(low, low2);
+            a[8 + j] = _mm512_shuffle_i32x4::<0xdd>(low, low2);
+            a[4 + j] = _mm512_shuffle_i32x4::<0x88>(high, high2);
+            a[12 + j] = _mm512_shuffle_i32x4::<0xdd>(high, high2);
+        }
+        a
+    }
+}
+
+impl Vector for Avx512 {
+    const LANES: usize = 16;
+    type F = __m512;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        // SAFETY: the proof implies AVX-512 F.
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> __m512 {
+        // SAFETY: the proof implies AVX-512 F; the caller vouches for sixteen numbers.
+        unsafe { _mm512_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, x: __m512, to: *mut f32) {
+        // SAFETY: the proof implies AVX-512 F; the caller vouches for sixteen numbers.
+        unsafe { _mm512_storeu_ps(to, x) }
+    }
+    #[inline(always)]
+    unsafe fn load_as<T: Lanes>(self, from: *const T) -> __m512 {
+        // SAFETY: the caller vouches for sixteen elements.
+        <T as Lanes16>::load16(self, unsafe { &*from.cast() })
+    }
+    #[inline(always)]
+    unsafe fn store_as<T: Lanes>(self, x: __m512, to: *mut T) {
+        // SAFETY: the caller vouches for sixteen elements.
+        <T as Lanes16>::store16(self, x, unsafe { &mut *to.cast() });
+    }
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the proof implies AVX-512 F.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the proof implies AVX-512 F.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: the proof implies AVX-512 F.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn sum(self, x: __m512) -> f32 {
+        // SAFETY: the proof implies AVX-512 F.
+        unsafe { _mm512_reduce_add_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const u32, stride: usize, to: *mut u32, to_stride: usize) {
+        // SAFETY: the proof implies AVX-512 F; the caller vouches for both squares.
+        unsafe {
+            let mut rows = [_mm512_setzero_si512(); 16];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = _mm512_loadu_si512(from.add(i * stride).cast());
+            }
+            for (i, column) in transposed(self, rows).into_iter().enumerate() {
+                _mm512_storeu_si512(to.add(i * to_stride).cast(), column);
+            }
+        }
+    }
+    #[inline(always)]
+    fn prefetch(self, address: *const u8) {
+        // SAFETY: a prefetch reads nothing; any address will do.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+}
+
+/// One number in each of `BLOCKS` equal runs of lanes.
+#[inline(always)]
+unsafe fn runs<const BLOCKS: usize>(from: *const f32) -> __m512 {
+    // SAFETY: only called with a proof of AVX-512 F at hand; the caller vouches for `BLOCKS`
+    // numbers. Masked broadcasts take load ports and leave the shuffles to the codes.
+    unsafe {
+        let one = |i: usize| _mm512_set1_ps(*from.add(i));
+        match BLOCKS {
+            1 => one(0),
+            2 => _mm512_mask_blend_ps(0xff00, one(0), one(1)),
+            _ => {
+                let low = _mm512_mask_blend_ps(0x00f0, one(0), one(1));
+                let high = _mm512_mask_blend_ps(0xf000, one(2), one(3));
+                _mm512_mask_blend_ps(0xff00, low, high)
+            }
+        }
+    }
+}
+
+impl Dot for Avx512 {
+    const STEPS: usize = 8;
+    const LATE: bool = false;
+    type X = f32;
+    type Words = __m512i;
+    type Table = __m512;
+    type Values = __m512;
+
+    #[inline(always)]
+    fn table(self, values: &[f32; 16]) -> __m512 {
+        // SAFETY: the proof implies AVX-512 F; `values` is sixteen numbers.
+        unsafe { _mm512_loadu_ps(values.as_ptr()) }
+    }
+    #[inline(always)]
+    unsafe fn words(self, from: *const u8) -> __m512i {
+        // SAFETY: the proof implies AVX-512 F; the caller vouches for sixty-four bytes.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+    #[inline(always)]
+    fn next(self, words: __m512i) -> __m512i {
+        // SAFETY: the proof implies AVX-512 F.
+        unsafe { _mm512_srli_epi32::<4>(words) }
+    }
+    #[inline(always)]
+    fn decode(self, table: __m512, words: __m512i) -> __m512 {
+        // SAFETY: the proof implies AVX-512 F. The permutation reads four bits of an index.
+        unsafe { _mm512_permutexvar_ps(words, table) }
+    }
+    #[inline(always)]
+    unsafe fn activations(self, from: *const f32) -> __m512 {
+        // SAFETY: the proof implies AVX-512 F; the caller vouches for sixteen numbers.
+        unsafe { _mm512_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn unit(self, from: *const u32) -> Self::Values {
+        // SAFETY: the proof implies AVX-512 F; the caller vouches for four bytes.
+        unsafe { _mm512_set1_ps(from.cast::<f32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn store_values(self, values: Self::Values, to: *mut u32) {
+        // SAFETY: the caller's.
+        unsafe { self.store(values, to.cast()) }
+    }
+    #[inline(always)]
+    fn scaled(self, values: Self::Values, scales: Self::F) -> Self::Values {
+        self.mul(values, scales)
+    }
+    #[inline(always)]
+    fn first(self, a: __m512, b: __m512) -> __m512 {
+        self.mul(a, b)
+    }
+    #[inline(always)]
+    fn dot(self, sum: __m512, a: __m512, b: __m512) -> __m512 {
+        self.fma(a, b, sum)
+    }
+    #[inline(always)]
+    unsafe fn scales<const BLOCKS: usize>(self, from: *const f32) -> __m512 {
+        // SAFETY: the caller vouches for `BLOCKS` numbers.
+        unsafe { runs::<BLOCKS>(from) }
+    }
+}

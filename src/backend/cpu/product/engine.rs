@@ -1,0 +1,144 @@
+//! The product kernels of each instruction set, behind functions that enable it.
+
+use super::super::Lanes;
+#[cfg(target_arch = "x86_64")]
+use super::super::{
+    avx2::Avx2,
+    avx512::{Avx512, Avx512Ext},
+};
+use super::few::Few;
+use super::lanes::Dot;
+use super::many::{Ahead, Many, Panel, Scratch};
+use super::portable::Portable;
+use super::{dense, few, many};
+
+/// What the driver calls; each is documented at the function of the same name.
+pub trait Engine: Dot + Send + Sync {
+    /// [`few::rows`]
+    fn rows(self, few: &Few<'_, Self::X>, first: usize, scales: &[f32], out: &mut [f32]);
+    /// [`many::strip`]
+    fn strip(self, many: &Many<'_, Self::X>, first: usize, count: usize, to: &mut Scratch<Self::X>);
+    /// [`many::tiles`]
+    fn tiles(self, panel: &Panel<'_>, x: &[Self::X], stride: usize, m: usize, sums: &mut [f32]);
+    /// [`dense::row`]
+    fn dense_row(self, weights: &[f32], x: &[f32], out: &mut [f32]);
+    /// [`dense::finish`]
+    fn finish<T: Lanes>(self, sums: &[f32], bias: Option<&[f32]>, out: &mut [T]);
+    /// [`dense::widen`]
+    fn widen<T: Lanes>(self, x: &[T], out: &mut [f32]);
+}
+
+macro_rules! engine {
+    ($isa:ident, $(#[$enable:meta],)? $call:ident) => {
+        impl Engine for $isa {
+            fn rows(self, few: &Few<'_, Self::X>, first: usize, scales: &[f32], out: &mut [f32]) {
+                $(#[$enable])?
+                fn inner(
+                    d: $isa,
+                    few: &Few<'_, <$isa as Dot>::X>,
+                    first: usize,
+                    scales: &[f32],
+                    out: &mut [f32],
+                ) {
+                    few::rows(d, few, first, scales, out);
+                }
+                $call!(inner(self, few, first, scales, out));
+            }
+            fn strip(
+                self,
+                many: &Many<'_, Self::X>,
+                first: usize,
+                count: usize,
+                to: &mut Scratch<Self::X>,
+            ) {
+                $(#[$enable])?
+                fn inner(
+                    d: $isa,
+                    many: &Many<'_, <$isa as Dot>::X>,
+                    first: usize,
+                    count: usize,
+                    to: &mut Scratch<<$isa as Dot>::X>,
+                ) {
+                    many::strip(d, many, first, count, to);
+                }
+                $call!(inner(self, many, first, count, to));
+            }
+            fn tiles(
+                self,
+                panel: &Panel<'_>,
+                x: &[Self::X],
+                stride: usize,
+                m: usize,
+                sums: &mut [f32],
+            ) {
+                $(#[$enable])?
+                fn inner(
+                    d: $isa,
+                    panel: &Panel<'_>,
+                    x: &[<$isa as Dot>::X],
+                    stride: usize,
+                    m: usize,
+                    sums: &mut [f32],
+                ) {
+                    many::tiles(d, panel, x, stride, m, Ahead::NOTHING, sums);
+                }
+                $call!(inner(self, panel, x, stride, m, sums));
+            }
+            fn dense_row(self, weights: &[f32], x: &[f32], out: &mut [f32]) {
+                $(#[$enable])?
+                fn inner(d: $isa, weights: &[f32], x: &[f32], out: &mut [f32]) {
+                    dense::row(d, weights, x, out);
+                }
+                $call!(inner(self, weights, x, out));
+            }
+            fn finish<T: Lanes>(self, sums: &[f32], bias: Option<&[f32]>, out: &mut [T]) {
+                $(#[$enable])?
+                fn inner<T: Lanes>(d: $isa, sums: &[f32], bias: Option<&[f32]>, out: &mut [T]) {
+                    dense::finish(d, sums, bias, out);
+                }
+                $call!(inner(self, sums, bias, out));
+            }
+            fn widen<T: Lanes>(self, x: &[T], out: &mut [f32]) {
+                $(#[$enable])?
+                fn inner<T: Lanes>(d: $isa, x: &[T], out: &mut [f32]) {
+                    dense::widen(d, x, out);
+                }
+                $call!(inner(self, x, out));
+            }
+        }
+    };
+}
+
+macro_rules! plain {
+    ($call:expr) => {
+        $call
+    };
+}
+engine!(Portable, plain);
+
+#[cfg(target_arch = "x86_64")]
+mod vectors {
+    use super::{
+        Ahead, Avx2, Avx512, Avx512Ext, Dot, Engine, Few, Lanes, Many, Panel, Scratch, dense, few,
+        many,
+    };
+
+    macro_rules! proven {
+        ($call:expr) => {
+            // SAFETY: `self` exists, so the machine has the features.
+            unsafe { $call }
+        };
+    }
+    engine!(Avx2, #[target_feature(enable = "avx2,fma,f16c")], proven);
+    engine!(
+        Avx512, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")],
+        proven
+    );
+    engine!(
+        Avx512Ext,
+        #[target_feature(
+            enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx512vbmi,avx2,fma,f16c"
+        )],
+        proven
+    );
+}

@@ -1,0 +1,238 @@
+//! Few rows of activations: dot products along the rows of the weight, from the packed bytes.
+//!
+//! The weight is read once and decoded in registers. A scale is applied to the sum over its
+//! block.
+
+use super::lanes::Dot;
+
+/// The most rows of activations that share one pass over the weight.
+pub const FEW: usize = 4;
+
+/// Codes of a word of four bytes.
+const CODES: usize = 8;
+
+/// Bytes of activations that stay in the first-level cache beside a stream of weights.
+const HOT: usize = 16 * 1024;
+
+/// The most blocks that share a chunk: 128 codes in blocks of 32.
+const BLOCKS: usize = 4;
+
+/// A product of up to [`FEW`] rows with a weight whose rows are whole blocks of codes.
+pub struct Few<'a, X> {
+    /// Codes of all rows, first of a pair high.
+    pub packed: &'a [u8],
+    /// Elements of a row; a multiple of the block size.
+    pub columns: usize,
+    /// Elements of a block: a power of two, at least 32.
+    pub blocksize: usize,
+    /// The codebook.
+    pub values: [f32; 16],
+    /// What the sums are multiplied by at the end.
+    pub factor: f32,
+    /// Rows of activations.
+    pub m: usize,
+    /// The activations: rows of whole chunks, see [`prepare`].
+    pub x: &'a [X],
+}
+
+/// Puts a row of activations in the order in which chunks of `8 * lanes` codes are decoded: step
+/// by step, word by word. `out` is padded with zeros to whole chunks.
+pub fn prepare<D: Dot>(row: &[D::X], lanes: usize, out: &mut [D::X]) {
+    let chunk = CODES * lanes;
+    let (whole, rest) = row.split_at(row.len() - row.len() % chunk);
+    let (out, last) = out.split_at_mut(whole.len());
+    for (x, out) in whole.chunks_exact(chunk).zip(out.chunks_exact_mut(chunk)) {
+        prepare_chunk::<D>(x, out);
+    }
+    if !rest.is_empty() {
+        let mut padded = vec![<D::X as bytemuck::Zeroable>::zeroed(); chunk];
+        padded[..rest.len()].copy_from_slice(rest);
+        prepare_chunk::<D>(&padded, last);
+    }
+}
+
+fn prepare_chunk<D: Dot>(x: &[D::X], out: &mut [D::X]) {
+    let per = CODES / D::STEPS;
+    let (words, _) = x.as_chunks::<CODES>();
+    for (step, out) in out.chunks_exact_mut(words.len() * per).enumerate() {
+        let place = step ^ 1; // the first of a pair is in the high half of its byte
+        for (word, out) in words.iter().zip(out.chunks_exact_mut(per)) {
+            for (i, out) in out.iter_mut().enumerate() {
+                *out = word[i * D::STEPS + place];
+            }
+        }
+    }
+}
+
+impl<X> Few<'_, X> {
+    /// Bytes of a row.
+    const fn row_bytes(&self) -> usize {
+        self.columns / 2
+    }
+    /// Blocks of a row.
+    pub const fn blocks(&self) -> usize {
+        self.columns / self.blocksize
+    }
+}
+
+/// `out[n][m]` for the rows of the weight from `first` on, as many as `out` holds, with their
+/// scales.
+#[inline(always)]
+pub fn rows<D: Dot>(d: D, few: &Few<'_, D::X>, first: usize, scales: &[f32], out: &mut [f32]) {
+    match few.m {
+        1 => columns::<D, 1>(d, few, first, scales, out),
+        2 => columns::<D, 2>(d, few, first, scales, out),
+        3 => columns::<D, 3>(d, few, first, scales, out),
+        _ => columns::<D, FEW>(d, few, first, scales, out),
+    }
+}
+
+#[inline(always)]
+fn columns<D: Dot, const M: usize>(
+    d: D,
+    few: &Few<'_, D::X>,
+    first: usize,
+    scales: &[f32],
+    out: &mut [f32],
+) {
+    let chunk = CODES * D::LANES;
+    if few.blocksize >= chunk {
+        blocks::<D, M, 1>(d, few, first, scales, out);
+    } else if few.blocksize * 2 == chunk {
+        blocks::<D, M, 2>(d, few, first, scales, out);
+    } else {
+        blocks::<D, M, BLOCKS>(d, few, first, scales, out);
+    }
+}
+
+#[inline(always)]
+fn blocks<D: Dot, const M: usize, const B: usize>(
+    d: D,
+    few: &Few<'_, D::X>,
+    first: usize,
+    scales: &[f32],
+    out: &mut [f32],
+) {
+    let (count, bytes, blocks) = (out.len() / M, few.row_bytes(), few.blocks());
+    let chunks = few.columns.div_ceil(CODES * D::LANES);
+    assert!(few.x.len() == M * chunks * CODES * D::LANES);
+    // Rows share the loads of activations; a single row is the stream that a processor fetches
+    // ahead best, and does not mind if the activations are in the first-level cache.
+    let together = match M {
+        1 if size_of_val(few.x) <= HOT => 1,
+        1 | 2 if D::LANES >= 16 => 4,
+        _ if D::LANES >= 16 || M < 3 => 2,
+        _ => 1,
+    };
+    let mut n = 0;
+    while n < count {
+        let packed = &few.packed[(first + n) * bytes..(first + count) * bytes];
+        let (scales, out) = (&scales[n * blocks..], &mut out[n * M..]);
+        n += match together.min(count - n) {
+            4 => group::<D, M, B, 4>(d, few, packed, scales, out),
+            2 | 3 => group::<D, M, B, 2>(d, few, packed, scales, out),
+            _ => group::<D, M, B, 1>(d, few, packed, scales, out),
+        };
+    }
+}
+
+/// `R` rows of the weight; returns `R`.
+#[inline(always)]
+fn group<D: Dot, const M: usize, const B: usize, const R: usize>(
+    d: D,
+    few: &Few<'_, D::X>,
+    packed: &[u8],
+    scales: &[f32],
+    out: &mut [f32],
+) -> usize {
+    let (bytes, blocks) = (few.row_bytes(), few.blocks());
+    assert!(packed.len() >= R * bytes && scales.len() >= R * blocks && out.len() >= R * M);
+    let chunk = CODES * D::LANES;
+    let chunks = few.columns / chunk;
+    // With blocks longer than a chunk, chunks share a scale.
+    let share = (few.blocksize / chunk).max(1).trailing_zeros();
+    let table = d.table(&few.values);
+    let mut acc = [[d.splat(0.0); M]; R];
+    // SAFETY: whole chunks of codes, their scales and their activations lie inside the slices,
+    // as counted here and in `blocks`; the rest of a row is copied, with zeros behind it.
+    unsafe {
+        let mut words = [d.words([0u8; 64].as_ptr()); R];
+        let mut scale = [d.splat(0.0); R];
+        for c in 0..chunks {
+            let block = (c * B) >> share;
+            for r in 0..R {
+                if R > 1 {
+                    // The next rows, in the order in which they lie in memory.
+                    let ahead = R * bytes + (c * R + r) * (chunk / 2);
+                    d.prefetch(packed.as_ptr().wrapping_add(ahead));
+                }
+                words[r] = d.words(packed.as_ptr().add(r * bytes + c * chunk / 2));
+                scale[r] = d.scales::<B>(scales.as_ptr().add(r * blocks + block));
+            }
+            step(d, few, table, words, few.x.as_ptr().add(c * chunk), scale, &mut acc);
+        }
+        if few.columns % chunk != 0 {
+            for r in 0..R {
+                let (mut last, mut last_scales) = ([0u8; 64], [0f32; BLOCKS]);
+                let rest = &packed[r * bytes + chunks * chunk / 2..(r + 1) * bytes];
+                last[..rest.len()].copy_from_slice(rest);
+                let rest = &scales[r * blocks + ((chunks * B) >> share)..(r + 1) * blocks];
+                last_scales[..rest.len()].copy_from_slice(rest);
+                words[r] = d.words(last.as_ptr());
+                scale[r] = d.scales::<B>(last_scales.as_ptr());
+            }
+            step(d, few, table, words, few.x.as_ptr().add(chunks * chunk), scale, &mut acc);
+        }
+    }
+    for (acc, out) in acc.iter().zip(out.chunks_exact_mut(M)) {
+        for (acc, out) in acc.iter().zip(out) {
+            *out = d.sum(*acc) * few.factor;
+        }
+    }
+    R
+}
+
+/// A chunk of each of `R` rows.
+///
+/// # Safety
+/// A chunk of each of `M` rows of activations can be read from `x` on.
+#[inline(always)]
+unsafe fn step<D: Dot, const M: usize, const R: usize>(
+    d: D,
+    few: &Few<'_, D::X>,
+    table: D::Table,
+    mut words: [D::Words; R],
+    x: *const D::X,
+    scale: [D::F; R],
+    acc: &mut [[D::F; M]; R],
+) {
+    let row = few.x.len() / M;
+    let wide = D::LANES * (CODES / D::STEPS);
+    let mut sums = [[d.splat(0.0); M]; R];
+    for s in 0..D::STEPS {
+        let mut values = [d.decode(table, words[0]); R];
+        for r in 0..R {
+            values[r] = d.decode(table, words[r]);
+            words[r] = d.next(words[r]);
+        }
+        let mut x = x.wrapping_add(s * wide);
+        for m in 0..M {
+            // SAFETY: the caller vouches for a chunk of each row of activations.
+            let activations = unsafe { d.activations(x) };
+            for (sums, values) in sums.iter_mut().zip(values) {
+                let sum = &mut sums[m];
+                *sum = if s == 0 {
+                    d.first(values, activations)
+                } else {
+                    d.dot(*sum, values, activations)
+                };
+            }
+            x = x.wrapping_add(row);
+        }
+    }
+    for ((acc, sums), scale) in acc.iter_mut().zip(sums).zip(scale) {
+        for (acc, sum) in acc.iter_mut().zip(sums) {
+            *acc = d.fma(sum, scale, *acc);
+        }
+    }
+}

@@ -1,0 +1,541 @@
+//! Many rows of activations: panels of decoded weights, and tiles of results in registers.
+//!
+//! A panel holds `2 * LANES` rows of the weight, rows in lanes: unit by unit (a number, or a pair
+//! of narrow ones), `2 * LANES` units each. It is small enough for the first-level cache and is
+//! used for all rows of activations before the next one is made.
+
+use super::aligned::Aligned;
+use super::lanes::Dot;
+
+/// Rows of activations in a tile: two vectors of sums each, and both kinds of sums where scales
+/// come late, leave registers for a unit of a panel.
+const TILE: usize = 6;
+
+/// Elements of a row of the weight in a panel of decoded weights; a multiple of any chunk.
+const WIDTH: usize = 256;
+
+/// Elements of a row of the weight in a panel of codes, which take less room.
+const CODED_WIDTH: usize = 1024;
+
+/// The most rows of activations for which codes are decoded again for every tile, while the sums
+/// keep the processor busy, and not once into a panel.
+const ON_THE_FLY: usize = 2 * TILE;
+
+/// Codes of a word of four bytes.
+const CODES: usize = 8;
+
+/// Rows of the weight in a panel.
+pub const fn panel_rows<D: Dot>() -> usize {
+    2 * D::LANES
+}
+
+/// Where the rows of a weight come from.
+pub enum Source<'a, X> {
+    /// Rows of whole blocks of four-bit codes.
+    Codes(Codes<'a>),
+    /// Anything that can be decoded: `f(row, first column, out)`.
+    Dense(&'a (dyn Fn(usize, usize, &mut [X]) + Sync)),
+}
+
+/// Rows of whole blocks of four-bit codes.
+pub struct Codes<'a> {
+    /// Codes of all rows, first of a pair high.
+    pub packed: &'a [u8],
+    /// Elements of a block: a power of two, at least 32.
+    pub blocksize: usize,
+    /// The codebook.
+    pub values: [f32; 16],
+    /// What every scale is multiplied by.
+    pub factor: f32,
+    /// Writes the scales from block `first` on.
+    pub scales: &'a (dyn Fn(usize, &mut [f32]) + Sync),
+    /// The bytes of the scales, where a row has many.
+    pub scale_bytes: &'a [u8],
+}
+
+/// A product of many rows of activations.
+pub struct Many<'a, X> {
+    /// The weight.
+    pub source: Source<'a, X>,
+    /// Elements of a row of the weight.
+    pub columns: usize,
+    /// Rows of activations.
+    pub m: usize,
+    /// Rows of `stride` activations, in the order of the units of a panel, zeros behind them.
+    pub x: &'a [X],
+    /// Activations of a row.
+    pub stride: usize,
+}
+
+/// Memory of one thread.
+#[derive(Default)]
+pub struct Scratch<X> {
+    /// Words of codes, rows in lanes.
+    words: Aligned<u32>,
+    panel: Aligned<u32>,
+    dense: Aligned<X>,
+    row_scales: Aligned<f32>,
+    /// The scales of all blocks of the rows, rows in lanes.
+    scales: Aligned<f32>,
+    /// Sums: `m` rows of [`panel_rows`].
+    pub sums: Aligned<f32>,
+}
+
+/// Sums for `count` rows of the weight from `first` on, into `scratch.sums`.
+#[inline(always)]
+pub fn strip<D: Dot>(
+    d: D,
+    many: &Many<'_, D::X>,
+    first: usize,
+    count: usize,
+    scratch: &mut Scratch<D::X>,
+) {
+    let (rows, per) = (panel_rows::<D>(), CODES / D::STEPS);
+    scratch.sums.resize(many.m * rows);
+    scratch.sums.fill(0.0);
+    match &many.source {
+        Source::Codes(codes) => {
+            lane_scales(d, codes, many.columns, (first, count), scratch);
+            let ahead = Ahead::of(codes, many.columns, first + count, rows);
+            let on_the_fly = D::LATE && many.m <= ON_THE_FLY;
+            let most = if on_the_fly { CODED_WIDTH } else { WIDTH };
+            for k in (0..many.columns).step_by(most) {
+                let width = most.min(many.columns - k);
+                transpose_codes(d, codes, many.columns, (first, count), (k, width), scratch);
+                let segment = codes.blocksize.min(width);
+                let scales = &scratch.scales[k / codes.blocksize * rows..];
+                let coded = Coded {
+                    words: &scratch.words[..width / CODES * rows],
+                    segment: segment / CODES,
+                    scales,
+                    values: codes.values,
+                };
+                let x = &many.x[k..];
+                let ahead = ahead.part(k, width, many.columns);
+                if on_the_fly {
+                    tiles(d, &coded, x, many.stride, many.m, ahead, &mut scratch.sums);
+                } else {
+                    scratch.panel.resize(width / per * rows);
+                    decode(d, &coded, &mut scratch.panel);
+                    let units = &scratch.panel[..];
+                    if D::LATE {
+                        let panel = Unscaled { units, segment: segment / per, scales };
+                        tiles(d, &panel, x, many.stride, many.m, ahead, &mut scratch.sums);
+                    } else {
+                        let panel = Panel { units };
+                        tiles(d, &panel, x, many.stride, many.m, ahead, &mut scratch.sums);
+                    }
+                }
+            }
+        }
+        Source::Dense(decode) => {
+            for k in (0..many.columns).step_by(WIDTH) {
+                let width = WIDTH.min(many.columns - k);
+                from_dense(d, *decode, (first, count), (k, width), scratch);
+                let panel = Panel { units: &scratch.panel };
+                let (x, ahead) = (&many.x[k..], Ahead::NOTHING);
+                tiles(d, &panel, x, many.stride, many.m, ahead, &mut scratch.sums);
+            }
+        }
+    }
+}
+
+/// Memory that will be wanted soon: the next strip, if this thread gets it.
+#[derive(Clone, Copy)]
+pub struct Ahead<'a> {
+    packed: &'a [u8],
+    scales: &'a [u8],
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+impl<'a> Ahead<'a> {
+    /// No memory.
+    pub const NOTHING: Self = Self { packed: &[], scales: &[] };
+
+    /// As many rows as a strip has, from `row` on.
+    fn of(codes: &Codes<'a>, columns: usize, row: usize, rows: usize) -> Self {
+        let bytes = columns / 2;
+        let packed = codes.packed.get(row * bytes..).unwrap_or_default();
+        let bytes_of_scales = columns / codes.blocksize * size_of::<f32>();
+        let scales = codes.scale_bytes.get(row * bytes_of_scales..).unwrap_or_default();
+        Self {
+            packed: &packed[..packed.len().min(rows * bytes)],
+            scales: &scales[..scales.len().min(rows * bytes_of_scales)],
+        }
+    }
+
+    /// The share of `width` of `columns` columns.
+    fn part(self, k: usize, width: usize, columns: usize) -> Self {
+        let cut = |bytes: &'a [u8]| {
+            &bytes[bytes.len() * k / columns..bytes.len() * (k + width) / columns]
+        };
+        Self { packed: cut(self.packed), scales: cut(self.scales) }
+    }
+
+    /// Fetches the share of tile `i` of `count`.
+    #[inline(always)]
+    fn fetch<D: Dot>(self, d: D, i: usize, count: usize) {
+        let part = self.part(i, 1, count);
+        for bytes in [part.packed, part.scales] {
+            for line in bytes.chunks(LINE) {
+                d.prefetch(line.as_ptr());
+            }
+        }
+    }
+}
+
+/// The scales of `count` rows, rows in lanes. Rows that are not there get any.
+#[inline(always)]
+fn lane_scales<D: Dot>(
+    d: D,
+    codes: &Codes<'_>,
+    columns: usize,
+    (first, count): (usize, usize),
+    scratch: &mut Scratch<D::X>,
+) {
+    let (rows, blocks) = (panel_rows::<D>(), columns / codes.blocksize);
+    let padded = blocks.next_multiple_of(D::LANES);
+    scratch.row_scales.resize(rows * padded);
+    scratch.scales.resize(rows * padded);
+    for r in 0..count {
+        let row = &mut scratch.row_scales[r * padded..][..blocks];
+        (codes.scales)((first + r) * blocks, row);
+        if codes.factor != 1.0 {
+            for scale in row {
+                *scale *= codes.factor;
+            }
+        }
+    }
+    for half in 0..2 {
+        for block in (0..padded).step_by(D::LANES) {
+            // SAFETY: both squares are inside buffers of `rows * padded` words.
+            unsafe {
+                let from = scratch.row_scales.as_ptr().add(half * D::LANES * padded + block);
+                let to = scratch.scales.as_mut_ptr().add(block * rows + half * D::LANES);
+                d.transpose(from.cast(), padded, to.cast(), rows);
+            }
+        }
+    }
+}
+
+/// Puts words of codes where tiles want them: rows in lanes.
+#[inline(always)]
+fn transpose_codes<D: Dot>(
+    d: D,
+    codes: &Codes<'_>,
+    columns: usize,
+    (first, count): (usize, usize),
+    (k, width): (usize, usize),
+    scratch: &mut Scratch<D::X>,
+) {
+    let (rows, lanes) = (panel_rows::<D>(), D::LANES);
+    let (row_bytes, chunk) = (columns / 2, CODES * lanes);
+    scratch.words.resize(width.next_multiple_of(chunk) / CODES * rows);
+    for c in (0..width).step_by(chunk) {
+        let length = chunk.min(width - c);
+        for half in 0..2 {
+            let present = count.saturating_sub(half * lanes).min(lanes);
+            if present == 0 {
+                continue;
+            }
+            let at = (first + half * lanes) * row_bytes + k / 2 + c / 2;
+            let to = &mut scratch.words[c / CODES * rows + half * lanes..];
+            assert!(to.len() >= (lanes - 1) * rows + lanes);
+            // SAFETY: a chunk of each of `lanes` rows is inside `packed`, or was copied to a square
+            // of at most 16 by 16 words; the assertion counts what is written. Rows of whole
+            // blocks are multiples of sixteen bytes.
+            unsafe {
+                if present == lanes && length == chunk {
+                    let from = &codes.packed[at..at + (lanes - 1) * row_bytes + chunk / 2];
+                    d.transpose(from.as_ptr().cast(), row_bytes / 4, to.as_mut_ptr(), rows);
+                } else {
+                    let mut square = [0u32; 256];
+                    let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut square);
+                    for r in 0..present {
+                        let row = &codes.packed[at + r * row_bytes..][..length / 2];
+                        bytes[r * chunk / 2..][..length / 2].copy_from_slice(row);
+                    }
+                    d.transpose(square.as_ptr(), lanes, to.as_mut_ptr(), rows);
+                }
+            }
+        }
+    }
+}
+
+/// Decodes a panel.
+#[inline(always)]
+fn decode<D: Dot>(d: D, coded: &Coded<'_>, panel: &mut [u32]) {
+    let (rows, lanes) = (panel_rows::<D>(), D::LANES);
+    let table = d.table(&coded.values);
+    let words = coded.words.chunks_exact(rows);
+    let segments = coded.scales.chunks_exact(rows);
+    for (i, (word, units)) in words.zip(panel.chunks_exact_mut(D::STEPS * rows)).enumerate() {
+        let Some(scales) = segments.clone().nth(i / coded.segment) else { return };
+        for half in 0..2 {
+            // SAFETY: `rows` words and scales, and as many units of each step.
+            unsafe {
+                let scale = d.load(scales.as_ptr().add(half * lanes));
+                let mut codes = d.words(word.as_ptr().add(half * lanes).cast());
+                for s in 0..D::STEPS {
+                    let values = d.scaled(d.decode(table, codes), scale);
+                    d.store_values(values, units.as_mut_ptr().add(s * rows + half * lanes));
+                    codes = d.next(codes);
+                }
+            }
+        }
+    }
+}
+
+/// Decodes rows and turns them into the panel.
+#[inline(always)]
+fn from_dense<D: Dot>(
+    d: D,
+    decode: &dyn Fn(usize, usize, &mut [D::X]),
+    (first, count): (usize, usize),
+    (k, width): (usize, usize),
+    scratch: &mut Scratch<D::X>,
+) {
+    let (rows, per) = (panel_rows::<D>(), CODES / D::STEPS);
+    let zero = <D::X as bytemuck::Zeroable>::zeroed();
+    scratch.dense.resize(rows * WIDTH);
+    for r in 0..count {
+        let row = &mut scratch.dense[r * WIDTH..(r + 1) * WIDTH];
+        decode(first + r, k, &mut row[..width]);
+        // An odd width ends in half a pair.
+        row[width..(width + 1).min(WIDTH)].fill(zero);
+    }
+    let stride = WIDTH / per;
+    let units = width.div_ceil(per);
+    scratch.panel.resize(WIDTH / per * rows);
+    for half in 0..2 {
+        for unit in (0..units).step_by(D::LANES) {
+            // SAFETY: both squares are inside their buffers, whose rows are whole multiples of
+            // vectors.
+            unsafe {
+                let from = scratch.dense.as_ptr().cast::<u32>();
+                let from = from.add(half * D::LANES * stride + unit);
+                let to = scratch.panel.as_mut_ptr().add(unit * rows + half * D::LANES);
+                d.transpose(from, stride, to, rows);
+            }
+        }
+    }
+    scratch.panel.resize(units * rows);
+}
+
+/// Something that tiles of results are made from.
+pub trait Tiles<D: Dot> {
+    /// Units of four bytes of a row of activations that are used.
+    fn units(&self) -> usize;
+
+    /// Adds the products with `H` rows of activations to sums.
+    ///
+    /// # Safety
+    /// [`Tiles::units`] units of `H` rows of activations, `stride` apart, can be read, and `H`
+    /// rows of [`panel_rows`] sums changed.
+    unsafe fn tile<const H: usize>(&self, d: D, x: *const D::X, stride: usize, sums: *mut f32);
+}
+
+/// Decoded weights: units of [`panel_rows`] words.
+pub struct Panel<'a> {
+    /// The units.
+    pub units: &'a [u32],
+}
+
+/// Codes: words of all rows, rows in lanes.
+pub struct Coded<'a> {
+    words: &'a [u32],
+    /// Words that share their scales.
+    segment: usize,
+    scales: &'a [f32],
+    values: [f32; 16],
+}
+
+/// Adds the products of a panel with `m` rows of activations, `stride` apart, to `sums`.
+#[inline(always)]
+pub fn tiles<D: Dot, T: Tiles<D>>(
+    d: D,
+    panel: &T,
+    x: &[D::X],
+    stride: usize,
+    m: usize,
+    ahead: Ahead<'_>,
+    sums: &mut [f32],
+) {
+    let rows = panel_rows::<D>();
+    let used = panel.units() * (CODES / D::STEPS);
+    assert!(m > 0 && x.len() >= (m - 1) * stride + used && sums.len() >= m * rows);
+    let tiles = m.div_ceil(TILE);
+    let mut done = 0;
+    for i in 0..tiles {
+        // Tiles of nearly equal height: a low one is slow.
+        let height = (m - done).div_ceil(tiles - i);
+        ahead.fetch(d, i, tiles);
+        // SAFETY: the assertion counts what a tile reads and writes.
+        unsafe {
+            let x = x.as_ptr().add(done * stride);
+            let sums = sums.as_mut_ptr().add(done * rows);
+            match height {
+                1 => panel.tile::<1>(d, x, stride, sums),
+                2 => panel.tile::<2>(d, x, stride, sums),
+                3 => panel.tile::<3>(d, x, stride, sums),
+                4 => panel.tile::<4>(d, x, stride, sums),
+                5 => panel.tile::<5>(d, x, stride, sums),
+                _ => panel.tile::<TILE>(d, x, stride, sums),
+            }
+        }
+        done += height;
+    }
+}
+
+impl<D: Dot> Tiles<D> for Panel<'_> {
+    #[inline(always)]
+    fn units(&self) -> usize {
+        self.units.len() / panel_rows::<D>()
+    }
+
+    #[inline(always)]
+    unsafe fn tile<const H: usize>(&self, d: D, x: *const D::X, stride: usize, sums: *mut f32) {
+        let (rows, lanes, per) = (panel_rows::<D>(), D::LANES, CODES / D::STEPS);
+        // SAFETY: the caller's; chunks of the panel are whole units.
+        unsafe {
+            let mut acc = load_sums::<D, H>(d, sums);
+            let mut x = x;
+            for unit in self.units.chunks_exact(rows) {
+                let a = d.activations(unit.as_ptr().cast());
+                let b = d.activations(unit.as_ptr().add(lanes).cast());
+                for (h, acc) in acc.iter_mut().enumerate() {
+                    let x = d.unit(x.add(h * stride).cast());
+                    *acc = [d.dot(acc[0], a, x), d.dot(acc[1], b, x)];
+                }
+                x = x.add(per);
+            }
+            store_sums(d, acc, sums);
+        }
+    }
+}
+
+/// Decoded weights whose scales are applied to sums.
+pub struct Unscaled<'a> {
+    units: &'a [u32],
+    /// Units that share their scales.
+    segment: usize,
+    scales: &'a [f32],
+}
+
+impl<D: Dot> Tiles<D> for Unscaled<'_> {
+    #[inline(always)]
+    fn units(&self) -> usize {
+        self.units.len() / panel_rows::<D>()
+    }
+
+    #[inline(always)]
+    unsafe fn tile<const H: usize>(&self, d: D, x: *const D::X, stride: usize, sums: *mut f32) {
+        let (rows, lanes, per) = (panel_rows::<D>(), D::LANES, CODES / D::STEPS);
+        let segments = self.units.chunks(self.segment * rows);
+        // SAFETY: the caller's; chunks of units and scales are whole rows of lanes.
+        unsafe {
+            let mut acc = load_sums::<D, H>(d, sums);
+            let mut x = x;
+            for (units, scales) in segments.zip(self.scales.chunks_exact(rows)) {
+                let mut dot = [[d.splat(0.0); 2]; H];
+                for unit in units.chunks_exact(rows) {
+                    let a = d.activations(unit.as_ptr().cast());
+                    let b = d.activations(unit.as_ptr().add(lanes).cast());
+                    for (h, dot) in dot.iter_mut().enumerate() {
+                        let x = d.unit(x.add(h * stride).cast());
+                        *dot = [d.dot(dot[0], a, x), d.dot(dot[1], b, x)];
+                    }
+                    x = x.add(per);
+                }
+                apply_scales(d, scales, dot, &mut acc);
+            }
+            store_sums(d, acc, sums);
+        }
+    }
+}
+
+/// Adds sums over a segment, times their scales.
+///
+/// # Safety
+/// There are [`panel_rows`] scales.
+#[inline(always)]
+unsafe fn apply_scales<D: Dot, const H: usize>(
+    d: D,
+    scales: &[f32],
+    dot: [[D::F; 2]; H],
+    acc: &mut [[D::F; 2]; H],
+) {
+    // SAFETY: the caller's.
+    let (a, b) = unsafe { (d.load(scales.as_ptr()), d.load(scales.as_ptr().add(D::LANES))) };
+    for (acc, dot) in acc.iter_mut().zip(dot) {
+        *acc = [d.fma(dot[0], a, acc[0]), d.fma(dot[1], b, acc[1])];
+    }
+}
+
+impl<D: Dot> Tiles<D> for Coded<'_> {
+    #[inline(always)]
+    fn units(&self) -> usize {
+        self.words.len() / panel_rows::<D>() * D::STEPS
+    }
+
+    #[inline(always)]
+    unsafe fn tile<const H: usize>(&self, d: D, x: *const D::X, stride: usize, sums: *mut f32) {
+        let (rows, lanes, per) = (panel_rows::<D>(), D::LANES, CODES / D::STEPS);
+        let table = d.table(&self.values);
+        let segments = self.words.chunks(self.segment * rows);
+        // SAFETY: the caller's; chunks of words and scales are whole rows of lanes.
+        unsafe {
+            let mut acc = load_sums::<D, H>(d, sums);
+            let mut x = x;
+            for (words, scales) in segments.zip(self.scales.chunks_exact(rows)) {
+                let mut dot = [[d.splat(0.0); 2]; H];
+                for word in words.chunks_exact(rows) {
+                    let mut low = d.words(word.as_ptr().cast());
+                    let mut high = d.words(word.as_ptr().add(lanes).cast());
+                    for _ in 0..D::STEPS {
+                        let (a, b) = (d.decode(table, low), d.decode(table, high));
+                        (low, high) = (d.next(low), d.next(high));
+                        for (h, dot) in dot.iter_mut().enumerate() {
+                            let x = d.unit(x.add(h * stride).cast());
+                            *dot = [d.dot(dot[0], a, x), d.dot(dot[1], b, x)];
+                        }
+                        x = x.add(per);
+                    }
+                }
+                apply_scales(d, scales, dot, &mut acc);
+            }
+            store_sums(d, acc, sums);
+        }
+    }
+}
+
+/// # Safety
+/// `H` rows of sums can be read.
+#[inline(always)]
+unsafe fn load_sums<D: Dot, const H: usize>(d: D, sums: *const f32) -> [[D::F; 2]; H] {
+    let mut acc = [[d.splat(0.0); 2]; H];
+    for (h, acc) in acc.iter_mut().enumerate() {
+        // SAFETY: the caller's.
+        unsafe {
+            let sums = sums.add(h * panel_rows::<D>());
+            *acc = [d.load(sums), d.load(sums.add(D::LANES))];
+        }
+    }
+    acc
+}
+
+/// # Safety
+/// `H` rows of sums can be written.
+#[inline(always)]
+unsafe fn store_sums<D: Dot, const H: usize>(d: D, acc: [[D::F; 2]; H], sums: *mut f32) {
+    for (h, acc) in acc.into_iter().enumerate() {
+        // SAFETY: the caller's.
+        unsafe {
+            let sums = sums.add(h * panel_rows::<D>());
+            d.store(acc[0], sums);
+            d.store(acc[1], sums.add(D::LANES));
+        }
+    }
+}

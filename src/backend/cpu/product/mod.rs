@@ -1,0 +1,368 @@
+//! Products of activations with a quantized weight, which is decoded on the way and never as a
+//! whole. The definition, and how far a result may be from it: `quant::product`.
+//!
+//! [`few`] reads packed rows once for up to four rows of activations; [`many`] decodes panels into
+//! the cache for more. Weights whose rows are not whole blocks of four-bit codes are decoded row
+//! by row first.
+
+mod aligned;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod backward;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
+mod dense;
+mod engine;
+mod few;
+mod lanes;
+mod many;
+mod narrow;
+mod out;
+mod portable;
+
+use rayon::prelude::*;
+
+use self::aligned::Aligned;
+use self::engine::Engine;
+use self::few::{FEW, Few};
+use self::many::{Codes, Many, Scratch, Source};
+use self::narrow::{Narrow, narrow};
+use self::out::Out;
+use self::portable::Portable;
+use super::{Cpu, Isa, Lanes, threads};
+use crate::dtype::{Dtype, Element};
+use crate::error::{Error, Result};
+use crate::format::Decode;
+use crate::pack::check_len;
+use crate::tensor::{QTensor, Scales};
+
+/// Rows of activations that are multiplied at a time; bounds the memory for prepared ones.
+const BATCH: usize = 512;
+
+/// Products for which it is worth to wake up another thread.
+const WORTH: usize = 1 << 18;
+
+/// Bytes of packed weights in one part of the work for few rows.
+const PART: usize = 64 * 1024;
+
+/// A product, checked.
+struct Job<'a, T> {
+    q: &'a QTensor<'a>,
+    rows: usize,
+    columns: usize,
+    x: &'a [T],
+    m: usize,
+    bias: Option<&'a [f32]>,
+    cpu: Cpu,
+}
+
+/// Names the kernels for activations of type `$T`: narrow ones if they and the machine allow it.
+macro_rules! with_engine {
+    ($isa:expr, $T:ident, $d:ident => $body:expr) => {
+        match $isa {
+            Isa::Scalar => {
+                let $d = Portable;
+                $body
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2($d) => $body,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512($d) => $body,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Ext($d) if $T::DTYPE == Dtype::BF16 => $body,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Ext($d) => {
+                let $d = $d.base();
+                $body
+            }
+        }
+    };
+}
+
+impl Cpu {
+    /// `out[m, n] = sum over k of x[m, k] * W[n, k] + bias[n]` for a weight of shape
+    /// `[rows, columns]`; `x` and `out` hold whole rows.
+    pub fn linear<T: Lanes>(
+        &self,
+        q: &QTensor<'_>,
+        [rows, columns]: [usize; 2],
+        x: &[T],
+        bias: Option<&[f32]>,
+        out: &mut [T],
+    ) -> Result<()> {
+        let m = check_product(q, [rows, columns], (x.len(), columns), (out.len(), rows))?;
+        if let Some(bias) = bias {
+            check_len("bias", rows, bias.len())?;
+        }
+        if m == 0 || rows == 0 {
+            return Ok(());
+        }
+        let job = Job { q, rows, columns, x, m, bias, cpu: *self };
+        let out = Out::new(out, rows);
+        with_engine!(self.isa, T, d => linear(d, &job, &out));
+        Ok(())
+    }
+
+    /// The gradient of the activations of [`Cpu::linear`]:
+    /// `out[m, k] = sum over n of grad[m, n] * W[n, k]`.
+    pub fn linear_backward<T: Lanes>(
+        &self,
+        q: &QTensor<'_>,
+        [rows, columns]: [usize; 2],
+        grad: &[T],
+        out: &mut [T],
+    ) -> Result<()> {
+        let m = check_product(q, [rows, columns], (grad.len(), rows), (out.len(), columns))?;
+        out.fill(T::default());
+        if m == 0 || rows == 0 || columns == 0 {
+            return Ok(());
+        }
+        let job = Job { q, rows, columns, x: grad, m, bias: None, cpu: *self };
+        let out = Out::new(out, columns);
+        with_engine!(self.isa, T, d => backward::backward(d, &job, &out));
+        Ok(())
+    }
+
+    /// Whether products of activations of this type use a codebook rounded to bf16.
+    pub fn narrow_products(&self, dtype: Dtype) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return dtype == Dtype::BF16 && matches!(self.isa, Isa::Avx512Ext(_));
+        #[cfg(not(target_arch = "x86_64"))]
+        return dtype == Dtype::BF16 && false;
+    }
+}
+
+/// Checks lengths; returns the rows of activations.
+fn check_product(
+    q: &QTensor<'_>,
+    [rows, columns]: [usize; 2],
+    (given, width): (usize, usize),
+    (wanted, out_width): (usize, usize),
+) -> Result<usize> {
+    let elements = rows.checked_mul(columns);
+    check_len("weight", q.layout().elements, elements.unwrap_or(usize::MAX))?;
+    let m = given.checked_div(width).unwrap_or(wanted / out_width.max(1));
+    check_len("activations", m.saturating_mul(width), given)?;
+    check_len("output", m.saturating_mul(out_width), wanted)?;
+    if let Decode::Dense(_) = q.layout().format.spec().decode {
+        return Err(Error::Unsupported {
+            format: q.layout().format.name(),
+            what: "products",
+            remedy: "multiply with the tensor itself",
+        });
+    }
+    Ok(m)
+}
+
+impl<T> Job<'_, T> {
+    /// The codebook, where rows are whole blocks of four-bit codes.
+    fn codebook(&self) -> Option<&'static [f32; 16]> {
+        let layout = self.q.layout();
+        match layout.format.spec().decode {
+            Decode::Codebook4(book)
+                if self.columns.is_multiple_of(layout.blocksize) && layout.blocksize >= 32 =>
+            {
+                Some(&book.values)
+            }
+            _ => None,
+        }
+    }
+
+    fn threads(&self, m: usize) -> usize {
+        let products = self.rows.saturating_mul(self.columns).saturating_mul(m);
+        self.cpu.threads.min(products / WORTH).max(1)
+    }
+}
+
+fn linear<D: Engine, T: Lanes>(d: D, job: &Job<'_, T>, out: &Out<'_, T>) {
+    if job.columns == 0 {
+        let sums = vec![0.0; job.rows];
+        for m in 0..job.m {
+            // SAFETY: nothing else writes while `out` is borrowed here.
+            d.finish(&sums, job.bias, unsafe { out.part(m, 0, job.rows) });
+        }
+        return;
+    }
+    for first in (0..job.m).step_by(BATCH) {
+        let m = BATCH.min(job.m - first);
+        let x = &job.x[first * job.columns..(first + m) * job.columns];
+        let out = out.below(first);
+        match job.codebook() {
+            Some(values) if m <= FEW => few_rows(d, job, values, x, m, &out),
+            None if m <= FEW => dense_rows(d, job, x, m, &out),
+            codebook => many_rows(d, job, codebook, x, m, &out),
+        }
+    }
+}
+
+/// The activations in the type that the kernels take.
+fn converted<'a, D: Engine, T: Lanes>(d: D, x: &'a [T], wide: &'a mut Aligned<f32>) -> &'a [D::X] {
+    if T::DTYPE == <D::X as Element>::DTYPE {
+        return bytemuck::cast_slice(x);
+    }
+    // Only f32 kernels take another type than their own.
+    wide.resize(x.len());
+    d.widen(x, wide);
+    bytemuck::cast_slice(wide)
+}
+
+fn table<D: Engine>(job_format: crate::format::Format, values: &[f32; 16]) -> Narrow {
+    if <D::X as Element>::DTYPE == Dtype::BF16 {
+        narrow(job_format, values)
+    } else {
+        Narrow { values: *values, factor: 1.0 }
+    }
+}
+
+fn few_rows<D: Engine, T: Lanes>(
+    d: D,
+    job: &Job<'_, T>,
+    values: &[f32; 16],
+    x: &[T],
+    m: usize,
+    out: &Out<'_, T>,
+) {
+    let (layout, columns) = (job.q.layout(), job.columns);
+    let mut wide = Aligned::default();
+    let x = converted(d, x, &mut wide);
+    let stride = columns.next_multiple_of(8 * D::LANES);
+    let mut prepared = Aligned::zeroed(m * stride);
+    for (row, out) in x.chunks_exact(columns).zip(prepared.chunks_exact_mut(stride)) {
+        few::prepare::<D>(row, D::LANES, out);
+    }
+    let Narrow { values, factor } = table::<D>(layout.format, values);
+    let blocksize = layout.blocksize;
+    let few = Few { packed: job.q.packed(), columns, blocksize, values, factor, m, x: &prepared };
+    let threads = job.threads(m);
+    let most = job.rows.div_ceil(threads).next_multiple_of(4);
+    let rows = (PART / (columns / 2)).max(4).min(most) / 4 * 4;
+    threads::share(threads, job.rows.div_ceil(rows), |part| {
+        let first = part * rows;
+        let count = rows.min(job.rows - first);
+        let (start, length) = (first * few.blocks(), count * few.blocks());
+        let mut decoded = Vec::new();
+        let scales = match job.q.scales() {
+            Scales::Plain(scales) => &scales[start..start + length],
+            scales => {
+                decoded.resize(length, 0.0);
+                scales.decode(start, &mut decoded);
+                &decoded
+            }
+        };
+        let mut sums = vec![0.0; count * m];
+        d.rows(&few, first, scales, &mut sums);
+        finish(d, job.bias, &sums, m, first, count, out);
+    });
+}
+
+/// Turns `[n][m]` into rows of the output.
+fn finish<D: Engine, T: Lanes>(
+    d: D,
+    bias: Option<&[f32]>,
+    sums: &[f32],
+    m: usize,
+    first: usize,
+    count: usize,
+    out: &Out<'_, T>,
+) {
+    let bias = bias.map(|bias| &bias[first..first + count]);
+    let mut column = Vec::new();
+    for i in 0..m {
+        let sums = if m == 1 {
+            sums
+        } else {
+            column.clear();
+            column.extend(sums.iter().skip(i).step_by(m));
+            &column
+        };
+        // SAFETY: every part of the work writes columns of its own.
+        d.finish(sums, bias, unsafe { out.part(i, first, count) });
+    }
+}
+
+fn dense_rows<D: Engine, T: Lanes>(d: D, job: &Job<'_, T>, x: &[T], m: usize, out: &Out<'_, T>) {
+    let mut wide = Aligned::zeroed(x.len());
+    d.widen(x, &mut wide);
+    let rows = (PART / job.columns).clamp(1, job.rows);
+    let one = Cpu { threads: 1, ..job.cpu };
+    threads::share(job.threads(m), job.rows.div_ceil(rows), |part| {
+        let first = part * rows;
+        let count = rows.min(job.rows - first);
+        let (mut weights, mut sums) = (Aligned::zeroed(job.columns), vec![0.0; count * m]);
+        for (row, sums) in (first..).zip(sums.chunks_exact_mut(m)) {
+            decode_dense(&one, job, row, 0, &mut weights);
+            d.dense_row(&weights, &wide, sums);
+        }
+        finish(d, job.bias, &sums, m, first, count, out);
+    });
+}
+
+/// Decodes a part of a row. The range was checked with the job.
+fn decode_dense<T, X: Lanes>(one: &Cpu, job: &Job<'_, T>, row: usize, at: usize, out: &mut [X]) {
+    let decoded = one.dequantize_range(job.q, row * job.columns + at, out);
+    debug_assert!(decoded.is_ok());
+}
+
+fn many_rows<D: Engine, T: Lanes>(
+    d: D,
+    job: &Job<'_, T>,
+    codebook: Option<&[f32; 16]>,
+    x: &[T],
+    m: usize,
+    out: &Out<'_, T>,
+) {
+    let (layout, columns) = (job.q.layout(), job.columns);
+    let (mut wide, mut ordered) = (Aligned::default(), Aligned::default());
+    let x = converted(d, x, &mut wide);
+    let mut stride = columns;
+    // Codes come in an order of their own; pairs come whole.
+    let x: &[D::X] = if codebook.is_some() || !columns.is_multiple_of(8 / D::STEPS) {
+        stride = columns.next_multiple_of(8);
+        ordered.resize(m * stride);
+        job.cpu.spread(m * columns, || {
+            let rows = ordered.par_chunks_exact_mut(stride).zip(x.par_chunks_exact(columns));
+            rows.for_each(|(out, row)| match codebook {
+                Some(_) => few::prepare::<D>(row, 1, out),
+                None => out[..columns].copy_from_slice(row),
+            });
+        });
+        &ordered
+    } else {
+        x
+    };
+    let one = Cpu { threads: 1, ..job.cpu };
+    let scales = |first: usize, out: &mut [f32]| job.q.scales().decode(first, out);
+    let decode = |row: usize, at: usize, out: &mut [D::X]| decode_dense(&one, job, row, at, out);
+    let source = match codebook {
+        Some(values) => {
+            let Narrow { values, factor } = table::<D>(layout.format, values);
+            let (packed, blocksize) = (job.q.packed(), layout.blocksize);
+            let scale_bytes = match job.q.scales() {
+                Scales::Plain(scales) => bytemuck::cast_slice(scales),
+                _ => &[],
+            };
+            Source::Codes(Codes { packed, blocksize, values, factor, scales: &scales, scale_bytes })
+        }
+        None => Source::Dense(&decode),
+    };
+    let many = Many { source, columns, m, x, stride };
+    let rows = many::panel_rows::<D>();
+    let (threads, strips) = (job.threads(m), job.rows.div_ceil(rows));
+    // A few strips to a part: while one is multiplied the next is fetched.
+    let run = (strips / (threads * 8)).clamp(1, 8);
+    threads::share(threads, strips.div_ceil(run), |part| {
+        let mut scratch = Scratch::default();
+        for strip in part * run..strips.min((part + 1) * run) {
+            let first = strip * rows;
+            let count = rows.min(job.rows - first);
+            d.strip(&many, first, count, &mut scratch);
+            let bias = job.bias.map(|bias| &bias[first..first + count]);
+            for (i, sums) in scratch.sums.chunks_exact(rows).enumerate() {
+                // SAFETY: every part of the work writes columns of its own.
+                d.finish(&sums[..count], bias, unsafe { out.part(i, first, count) });
+            }
+        }
+    });
+}

@@ -1,0 +1,95 @@
+//! Products with quantized weights.
+
+use pyo3::prelude::*;
+
+use super::memory::Memory;
+use super::ops::{Weight, float};
+use crate::backend::cpu::Cpu;
+use crate::dtype::Element;
+use crate::error::{Error, Result};
+use crate::with_element;
+
+/// A description of a weight of rank 2, to be multiplied with again and again. It holds addresses:
+/// the caller asks [`Prepared::is_at`] whether the tensors are still there.
+#[pyclass(frozen, module = "nybble._core")]
+pub struct Prepared(Weight, [usize; 2]);
+
+#[pymethods]
+impl Prepared {
+    #[new]
+    fn new(weight: Weight) -> PyResult<Self> {
+        weight.checked()?;
+        let shape = weight.matrix()?;
+        Ok(Self(weight, shape))
+    }
+
+    /// (rows, columns)
+    #[getter]
+    fn shape(&self) -> (usize, usize) {
+        (self.1[0], self.1[1])
+    }
+
+    /// Whether the tensors are at these addresses: codes, scales, and those of nested scales.
+    #[pyo3(signature = (packed, absmax, nested=None))]
+    fn is_at(&self, packed: usize, absmax: usize, nested: Option<(usize, usize)>) -> bool {
+        self.0.is_at(packed, absmax, nested)
+    }
+
+    /// `out = x @ weight.T + bias`; `x` and `out` of one dtype hold whole rows.
+    #[pyo3(signature = (x, bias, out, threads=None))]
+    fn linear(
+        &self,
+        py: Python<'_>,
+        x: Memory,
+        bias: Option<Memory>,
+        out: Memory,
+        threads: Option<usize>,
+    ) -> PyResult<()> {
+        let (q, cpu) = (self.0.checked()?, Cpu::new(threads)?);
+        let bias = bias.map(widened).transpose()?;
+        with_element!(float(x)?, T => {
+            let (x, out) = (x.slice::<T>()?, out.slice_mut::<T>()?);
+            py.detach(|| cpu.linear(&q, self.1, x, bias.as_deref(), out))
+        })?;
+        Ok(())
+    }
+
+    /// `out = grad @ weight`; `grad` and `out` of one dtype hold whole rows.
+    #[pyo3(signature = (grad, out, threads=None))]
+    fn linear_backward(
+        &self,
+        py: Python<'_>,
+        grad: Memory,
+        out: Memory,
+        threads: Option<usize>,
+    ) -> PyResult<()> {
+        let (q, cpu) = (self.0.checked()?, Cpu::new(threads)?);
+        with_element!(float(grad)?, T => {
+            let (grad, out) = (grad.slice::<T>()?, out.slice_mut::<T>()?);
+            py.detach(|| cpu.linear_backward(&q, self.1, grad, out))
+        })?;
+        Ok(())
+    }
+}
+
+fn widened(memory: Memory) -> Result<Vec<f32>> {
+    with_element!(float(memory)?, T => {
+        Ok(memory.slice::<T>()?.iter().map(|x| x.to_f32()).collect())
+    })
+}
+
+impl Weight {
+    fn is_at(&self, packed: usize, absmax: usize, nested: Option<(usize, usize)>) -> bool {
+        let (own_packed, own_absmax, own_nested) = self.addresses();
+        own_packed == packed && own_absmax == absmax && own_nested == nested
+    }
+
+    /// Rows and columns.
+    fn matrix(&self) -> Result<[usize; 2]> {
+        <[usize; 2]>::try_from(self.shape()).map_err(|_| Error::Argument {
+            what: "shape of the weight of a product",
+            got: format!("{:?}", self.shape()),
+            expected: "two dimensions".to_owned(),
+        })
+    }
+}
