@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the Rust tests for aarch64 on an emulated processor with NEON; nothing is installed.
 #   scripts/test_neon.sh [ARGS of cargo test...]     without: `--release --lib --tests`
+#   scripts/test_neon.sh wheel                       builds a wheel for aarch64 instead
 #
 # The first run takes from Debian's packages, into target/neon: qemu, a linker and a C library for
 # aarch64 from this machine's suite, and from Debian's testing suite a Rust compiler with standard
@@ -86,11 +87,16 @@ wrapper() {
 }
 
 set_up
-[ $# -gt 0 ] || set -- --release --lib --tests
 unset APT_CONFIG
 export PROPTEST_CASES=${PROPTEST_CASES:-8}
 export RUSTC=$home/rustc CARGO_TARGET_DIR=$home/build
 export CC_aarch64_unknown_linux_gnu=$home/cc AR_aarch64_unknown_linux_gnu=$home/ar
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=$home/cc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=$home/emulator
-cargo test --target "$target" "$@"
+if [ "$*" = wheel ]; then
+  unset PYO3_PYTHON # abi3 needs no Python of the target, and this one is none
+  "$PY" -m maturin build --release --locked --target "$target" --out "$home/wheels"
+else
+  [ $# -gt 0 ] || set -- --release --lib --tests
+  cargo test --target "$target" "$@"
+fi
