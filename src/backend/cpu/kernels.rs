@@ -11,6 +11,8 @@ use crate::format::codebook::Codebook;
 use crate::quant::blockwise::{self, Blocks};
 use crate::quant::rowwise;
 
+#[cfg(target_arch = "aarch64")]
+use super::neon::{self, Lanes4, Neon};
 #[cfg(target_arch = "x86_64")]
 use super::{
     avx2::{self, Avx2, Lanes8},
@@ -24,9 +26,15 @@ pub trait Lanes: Element + Lanes8 + Lanes16 {}
 impl<T: Element + Lanes8 + Lanes16> Lanes for T {}
 
 /// An element type that every instruction set of this build can load and store.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+pub trait Lanes: Element + Lanes4 {}
+#[cfg(target_arch = "aarch64")]
+impl<T: Element + Lanes4> Lanes for T {}
+
+/// An element type that every instruction set of this build can load and store.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub trait Lanes: Element {}
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 impl<T: Element> Lanes for T {}
 
 /// Entry points for one element type; each is documented at its scalar definition.
@@ -64,6 +72,8 @@ impl<T: Lanes> Kernels<T> {
     pub fn of(isa: Isa) -> Self {
         match isa {
             Isa::Scalar => Self::SCALAR,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(proof) => neon::kernels(proof),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(proof) => avx2::kernels(proof),
             #[cfg(target_arch = "x86_64")]
@@ -80,6 +90,9 @@ impl<T: Lanes> Kernels<T> {
 pub enum Isa {
     /// Plain Rust.
     Scalar,
+    /// NEON.
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
@@ -95,13 +108,15 @@ impl Isa {
     /// What this machine can run, slowest first.
     pub fn available() -> Vec<Isa> {
         let scalar = [Some(Isa::Scalar)];
+        #[cfg(target_arch = "aarch64")]
+        let vectors = [Neon::detect().map(Isa::Neon)];
         #[cfg(target_arch = "x86_64")]
         let vectors = [
             Avx2::detect().map(Isa::Avx2),
             Avx512::detect().map(Isa::Avx512),
             Avx512Ext::detect().map(Isa::Avx512Ext),
         ];
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         let vectors = [];
         scalar.into_iter().chain(vectors).flatten().collect()
     }
@@ -110,6 +125,8 @@ impl Isa {
     pub const fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(_) => "neon",
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]

@@ -9,9 +9,11 @@ mod avx2;
 mod avx512;
 mod decode;
 pub mod kernels;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod product;
 mod quantize;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod simd;
 pub mod threads;
 
