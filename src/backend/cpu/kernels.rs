@@ -12,7 +12,7 @@ use crate::quant::blockwise::{self, Blocks};
 use crate::quant::rowwise;
 
 #[cfg(target_arch = "aarch64")]
-use super::neon::{self, Lanes4, Neon};
+use super::neon::{self, Lanes4, Neon, NeonBf16};
 #[cfg(target_arch = "x86_64")]
 use super::{
     avx2::{self, Avx2, Lanes8},
@@ -74,6 +74,8 @@ impl<T: Lanes> Kernels<T> {
             Isa::Scalar => Self::SCALAR,
             #[cfg(target_arch = "aarch64")]
             Isa::Neon(proof) => neon::kernels(proof),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonBf16(proof) => Self { isa, ..neon::kernels(proof.base()) },
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(proof) => avx2::kernels(proof),
             #[cfg(target_arch = "x86_64")]
@@ -93,6 +95,9 @@ pub enum Isa {
     /// NEON.
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
+    /// BF16 beside everything of [`Isa::Neon`].
+    #[cfg(target_arch = "aarch64")]
+    NeonBf16(NeonBf16),
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
@@ -109,7 +114,7 @@ impl Isa {
     pub fn available() -> Vec<Isa> {
         let scalar = [Some(Isa::Scalar)];
         #[cfg(target_arch = "aarch64")]
-        let vectors = [Neon::detect().map(Isa::Neon)];
+        let vectors = [Neon::detect().map(Isa::Neon), NeonBf16::detect().map(Isa::NeonBf16)];
         #[cfg(target_arch = "x86_64")]
         let vectors = [
             Avx2::detect().map(Isa::Avx2),
@@ -126,7 +131,9 @@ impl Isa {
         match self {
             Isa::Scalar => "scalar",
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon(_) => "neon",
+            Isa::Neon(_) => "neon-base",
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonBf16(_) => "neon",
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
@@ -137,11 +144,13 @@ impl Isa {
     }
 
     /// The name without what a processor may lack beside it: `NYBBLE_CPU=avx512` takes the best
-    /// that there is of AVX-512.
+    /// that there is of AVX-512, and `neon` of NEON.
     const fn family(self) -> &'static str {
         match self {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(_) | Isa::Avx512Ext(_) => "avx512",
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(_) | Isa::NeonBf16(_) => "neon",
             other => other.name(),
         }
     }

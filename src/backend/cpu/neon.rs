@@ -27,6 +27,23 @@ impl Neon {
     }
 }
 
+/// Proof that the machine has BF16 beside NEON.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NeonBf16(Neon);
+
+impl NeonBf16 {
+    /// Asks the machine.
+    pub fn detect() -> Option<Self> {
+        let found = is_aarch64_feature_detected!("bf16");
+        Neon::detect().filter(|_| found).map(Self)
+    }
+
+    /// The smaller proof.
+    pub const fn base(self) -> Neon {
+        self.0
+    }
+}
+
 entry_points!(Neon, "neon");
 
 /// Elements that four lanes of f32 are loaded from and stored to.

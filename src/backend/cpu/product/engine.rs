@@ -1,6 +1,8 @@
 //! The product kernels of each instruction set, behind functions that enable it.
 
 use super::super::Lanes;
+#[cfg(target_arch = "aarch64")]
+use super::super::neon::{Neon, NeonBf16};
 #[cfg(target_arch = "x86_64")]
 use super::super::{
     avx2::Avx2,
@@ -116,7 +118,7 @@ macro_rules! plain {
 }
 engine!(Portable, plain);
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod vectors {
     use super::{
         Ahead, Avx2, Avx512, Avx512Ext, Dot, Engine, Few, Lanes, Many, Panel, Scratch, dense, few,
@@ -129,11 +131,18 @@ mod vectors {
             unsafe { $call }
         };
     }
+    #[cfg(target_arch = "aarch64")]
+    engine!(Neon, #[target_feature(enable = "neon")], proven);
+    #[cfg(target_arch = "aarch64")]
+    engine!(NeonBf16, #[target_feature(enable = "neon,bf16")], proven);
+    #[cfg(target_arch = "x86_64")]
     engine!(Avx2, #[target_feature(enable = "avx2,fma,f16c")], proven);
+    #[cfg(target_arch = "x86_64")]
     engine!(
         Avx512, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")],
         proven
     );
+    #[cfg(target_arch = "x86_64")]
     engine!(
         Avx512Ext,
         #[target_feature(

@@ -19,6 +19,10 @@ mod few;
 mod lanes;
 mod many;
 mod narrow;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_bf16;
 mod out;
 mod portable;
 
@@ -77,6 +81,15 @@ macro_rules! with_engine {
                 let $d = $d.base();
                 $body
             }
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon($d) => $body,
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonBf16($d) if $T::DTYPE == Dtype::BF16 => $body,
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonBf16($d) => {
+                let $d = $d.base();
+                $body
+            }
         }
     };
 }
@@ -127,10 +140,14 @@ impl Cpu {
 
     /// Whether products of activations of this type use a codebook rounded to bf16.
     pub fn narrow_products(&self, dtype: Dtype) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return dtype == Dtype::BF16 && matches!(self.isa, Isa::Avx512Ext(_));
-        #[cfg(not(target_arch = "x86_64"))]
-        return dtype == Dtype::BF16 && false;
+        let narrow = match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Ext(_) => true,
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonBf16(_) => true,
+            _ => false,
+        };
+        narrow && dtype == Dtype::BF16
     }
 }
 
