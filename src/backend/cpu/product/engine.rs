@@ -120,10 +120,11 @@ engine!(Portable, plain);
 
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod vectors {
-    use super::{
-        Ahead, Avx2, Avx512, Avx512Ext, Dot, Engine, Few, Lanes, Many, Panel, Scratch, dense, few,
-        many,
-    };
+    use super::{Ahead, Dot, Engine, Few, Lanes, Many, Panel, Scratch, dense, few, many};
+    #[cfg(target_arch = "x86_64")]
+    use super::{Avx2, Avx512, Avx512Ext};
+    #[cfg(target_arch = "aarch64")]
+    use super::{Neon, NeonBf16};
 
     macro_rules! proven {
         ($call:expr) => {
