@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nybble import _core, reference
 from nybble._memory import Memory, memory, optional_memory
+from nybble.errors import DeviceError, DtypeError, FormatError
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset"
 _HOW = "str format, int blocksize, SymInt[] shape"
@@ -25,6 +26,7 @@ _SCHEMAS = {
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "dequantize": f"({_WEIGHT}, {_HOW}, ScalarType dtype) -> Tensor",
+    "dequantize_out": f"({_WEIGHT}, {_HOW}, Tensor(a!) out) -> ()",
     "linear": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_HOW}) -> Tensor",
     "embedding": f"(Tensor ids, {_WEIGHT}, {_HOW}, ScalarType dtype) -> Tensor",
     "int8_linear": (
@@ -149,6 +151,70 @@ def _dequantize_fake(
     dtype: torch.dtype,
 ) -> Tensor:
     return packed.new_empty(tuple(shape), dtype=dtype)
+
+
+def _check_out(packed: Tensor, shape: Sequence[int], out: Tensor) -> None:
+    """Whether `out` can be filled: the shape, a dtype that decoding has, contiguous, same device.
+
+    Raises:
+        FormatError: Another shape, or memory with gaps.
+        DtypeError: A dtype other than float32, float16 and bfloat16.
+        DeviceError: Another device.
+    """
+    if tuple(out.shape) != tuple(shape):
+        raise FormatError(f"out has shape {tuple(out.shape)}, the tensor has {tuple(shape)}")
+    if out.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise DtypeError(f"out is {out.dtype}; use float32, float16 or bfloat16")
+    if not out.is_contiguous():
+        raise FormatError(f"out has strides {out.stride()}; it must be contiguous")
+    if out.device != packed.device:
+        raise DeviceError(f"out is on {out.device}, the codes are on {packed.device}")
+
+
+@torch.library.impl("nybble::dequantize_out", "cpu")
+def _dequantize_out_cpu(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+    out: Tensor,
+) -> None:
+    _check_out(packed, shape, out)
+    parts = weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
+    _core.dequantize(parts, memory(out))
+
+
+@torch.library.impl("nybble::dequantize_out", "CompositeExplicitAutograd")
+def _dequantize_out_elsewhere(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+    out: Tensor,
+) -> None:
+    _check_out(packed, shape, out)
+    scales = (absmax, nested_absmax, nested_offset)
+    out.copy_(reference.dequantize(packed, *scales, format, blocksize, shape, out.dtype))
+
+
+@torch.library.register_fake("nybble::dequantize_out")
+def _dequantize_out_fake(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+    out: Tensor,
+) -> None:
+    _check_out(packed, shape, out)
 
 
 # --- linear ---------------------------------------------------------------------------------
@@ -435,5 +501,6 @@ torch.library.register_autograd(
 
 quantize: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.nybble.quantize
 dequantize: Callable[..., Tensor] = torch.ops.nybble.dequantize
+dequantize_out: Callable[..., None] = torch.ops.nybble.dequantize_out
 embedding: Callable[..., Tensor] = torch.ops.nybble.embedding
 int8_linear: Callable[..., Tensor] = torch.ops.nybble.int8_linear
