@@ -63,6 +63,17 @@ def weight(
     )
 
 
+# Bytes from which on large pages are asked for. Fresh memory is mapped as it is first touched, which
+# costs more than the arithmetic that fills it.
+_LARGE = 1 << 22
+
+
+def _expect_to_fill(fresh: Tensor) -> None:
+    """Prepare a tensor that was just allocated and that a kernel fills next."""
+    if fresh.nbytes >= _LARGE:
+        _core.prefer_huge_pages(memory(fresh))
+
+
 # --- quantize -------------------------------------------------------------------------------
 
 
@@ -87,6 +98,8 @@ def _quantize_cpu(
     x = x.contiguous()
     out = _empty_quantized(x, format, blocksize, nested)
     packed, absmax, nested_absmax, nested_offset = out
+    _expect_to_fill(packed)
+    _expect_to_fill(absmax)
     parts = weight(
         packed,
         absmax,
@@ -132,6 +145,7 @@ def _dequantize_cpu(
 ) -> Tensor:
     parts = weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
     out = packed.new_empty(tuple(shape), dtype=dtype)
+    _expect_to_fill(out)
     _core.dequantize(parts, memory(out))
     return out
 

@@ -23,7 +23,7 @@ mod _core {
     #[pymodule_export]
     use super::ops::{
         cpu, default_threads, dequantize, dequantize_rows, error_stats, formats, layout,
-        pack_codes, quantize, quantize_activations, unpack_codes,
+        pack_codes, prefer_huge_pages, quantize, quantize_activations, unpack_codes,
     };
     #[pymodule_export]
     use super::quant_state::{parse_quant_state, quant_state_key, render_quant_state};

@@ -10,11 +10,13 @@ use crate::error::{Error, Result};
 use crate::format::codebook::Codebook;
 use crate::quant::blockwise::{self, Blocks};
 use crate::quant::rowwise;
+use crate::quant::stats::{self, Stats};
 
 #[cfg(target_arch = "x86_64")]
 use super::{
     avx2::{self, Avx2, Lanes8},
     avx512::{self, Avx512, Lanes16},
+    vbmi::{self, Vbmi},
 };
 
 /// An element type that every instruction set of this build can load and store.
@@ -46,6 +48,8 @@ pub struct Kernels<T: 'static> {
     pub quantize_row: fn(&[T], &mut [i8]) -> f32,
     /// [`rowwise::dequantize_row`]
     pub dequantize_row: fn(&[i8], f32, &mut [T]),
+    /// [`stats::compare`]
+    pub compare: fn(&[T], &[f32], usize, &[f32], &mut Stats),
 }
 
 impl<T: Lanes> Kernels<T> {
@@ -58,6 +62,7 @@ impl<T: Lanes> Kernels<T> {
         dequantize8: blockwise::dequantize8::<T>,
         quantize_row: rowwise::quantize_row::<T>,
         dequantize_row: rowwise::dequantize_row::<T>,
+        compare: stats::compare::<T>,
     };
 
     /// The kernels of an instruction set.
@@ -67,7 +72,10 @@ impl<T: Lanes> Kernels<T> {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(proof) => avx2::kernels(proof),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512(proof) => avx512::kernels(proof),
+            Isa::Avx512(proof) => match Vbmi::detect(proof) {
+                Some(proof) => vbmi::kernels(proof),
+                None => avx512::kernels(proof),
+            },
         }
     }
 }

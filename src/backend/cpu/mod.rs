@@ -12,7 +12,10 @@ pub mod kernels;
 mod quantize;
 #[cfg(target_arch = "x86_64")]
 mod simd;
+pub mod stream;
 pub mod threads;
+#[cfg(target_arch = "x86_64")]
+mod vbmi;
 
 pub use kernels::{Isa, Kernels, Lanes};
 pub use quantize::{Found, Quantizer};
