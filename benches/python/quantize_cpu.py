@@ -82,7 +82,12 @@ def measure(threads: int, formats: list[str]) -> Iterator[dict[str, object]]:
             q = nb.quantize(w, name)
             out = torch.empty_like(w)
             yield row(
-                "quantize", name, dtype, lambda w=w: nb.quantize(w, name), w.nbytes, q.nbytes
+                "quantize",
+                name,
+                dtype,
+                lambda w=w, name=name: nb.quantize(w, name),
+                w.nbytes,
+                q.nbytes,
             )
             if dtype == torch.float16:
                 continue
@@ -111,7 +116,8 @@ def measure(threads: int, formats: list[str]) -> Iterator[dict[str, object]]:
 def processor() -> str:
     try:
         with open("/proc/cpuinfo") as info:
-            return next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
+            names = (line.split(":")[1].strip() for line in info if line.startswith("model name"))
+            return next(names)
     except (OSError, StopIteration):
         return platform.processor()
 

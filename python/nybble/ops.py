@@ -63,8 +63,8 @@ def weight(
     )
 
 
-# Bytes from which on large pages are asked for. Fresh memory is mapped as it is first touched, which
-# costs more than the arithmetic that fills it.
+# Bytes from which on large pages are asked for. Fresh memory is mapped as it is first touched,
+# which costs more than the arithmetic that fills it.
 _LARGE = 1 << 22
 
 

@@ -113,14 +113,18 @@ fn decode_run<T: Lanes>(
     }
     let mut scratch = [T::default(); stream::PIECE];
     let mut piecewise = |block: usize, codes: &[u8], scales: &[f32], out: &mut [T]| {
-        let blocks = stream::PIECE / block;
+        let blocks = match decode {
+            // A table of 256 values takes a while to prepare.
+            Decode::Codebook8(_) => stream::PIECE / block,
+            _ => (stream::STEP / block).max(1),
+        };
         let piece = blocks * block;
         let bytes = if matches!(decode, Decode::Codebook4(_)) { piece / 2 } else { piece };
         let parts = out.chunks_mut(piece).zip(codes.chunks(bytes)).zip(scales.chunks(blocks));
         for ((out, codes), scales) in parts {
             let scratch = &mut scratch[..out.len()];
             decode_blocks(kernels, decode, block, codes, scales, scratch);
-            stream::copy(bytemuck::cast_slice(scratch), bytemuck::cast_slice_mut(out));
+            stream::copy(kernels.isa, bytemuck::cast_slice(scratch), bytemuck::cast_slice_mut(out));
         }
     };
     if block <= stream::PIECE {

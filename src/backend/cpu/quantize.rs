@@ -2,9 +2,8 @@
 
 use rayon::prelude::*;
 
-use super::{Cpu, Kernels, Lanes, RUN, stream};
+use super::{Cpu, Kernels, Lanes, RUN};
 use crate::error::{Error, Result};
-use crate::format::codebook::Codebook;
 use crate::format::{Decode, Scale};
 use crate::pack::check_len;
 use crate::quant::blockwise::{self, Blocks};
@@ -49,8 +48,6 @@ impl Cpu {
         let block = layout.blocksize;
         let run = (RUN / block).max(1) * block;
         let kernels = Kernels::<T>::of(self.isa);
-        // Statistics read the codes again, while they are in a cache.
-        let large = !how.stats && stream::is_large(size_of_val(x), packed.len());
         let packed_run = if layout.format.spec().bits == 4 { run / 2 } else { run };
         let runs: Vec<Result<Found>> = self.spread(x.len(), || {
             x.par_chunks(run)
@@ -58,7 +55,7 @@ impl Cpu {
                 .zip(scales.par_chunks_mut(run / block))
                 .enumerate()
                 .map(|(i, ((x, packed), scales))| {
-                    let job = Run { layout, how, isa: self, kernels: &kernels, large };
+                    let job = Run { layout, how, isa: self, kernels: &kernels };
                     job.quantize(x, packed, scales).map_err(|error| shift(error, i * run))
                 })
                 .collect()
@@ -201,8 +198,6 @@ struct Run<'a, T: 'static> {
     how: Quantizer,
     isa: &'a Cpu,
     kernels: &'a Kernels<T>,
-    /// Whether codes are streamed past the caches.
-    large: bool,
 }
 
 impl<T: Lanes> Run<'_, T> {
@@ -225,7 +220,6 @@ impl<T: Lanes> Run<'_, T> {
                     how: self.how,
                     isa: self.isa,
                     kernels: &Kernels::<f32>::of(self.isa.isa),
-                    large: self.large,
                 };
                 run.refuse_overflow(&repaired, packed, scales)?;
                 Ok(run.stats(&repaired, packed, scales, zeroed))
@@ -280,7 +274,7 @@ impl<T: Lanes> Run<'_, T> {
         let how = Blocks::new(block, spec.scale, reference);
         match spec.decode {
             Decode::Codebook4(book) => {
-                let finite = self.blocks(self.kernels.quantize4, book, how, x, packed, scales);
+                let finite = (self.kernels.quantize4)(book, how, x, packed, scales);
                 let tail = x.len() % block;
                 if reference == Reference::BitsandbytesCpu
                     && spec.scale == Scale::Absmax
@@ -297,59 +291,21 @@ impl<T: Lanes> Run<'_, T> {
                 }
                 finite
             }
-            Decode::Codebook8(book) => {
-                self.blocks(self.kernels.quantize8, book, how, x, packed, scales)
-            }
+            Decode::Codebook8(book) => (self.kernels.quantize8)(book, how, x, packed, scales),
             Decode::Int8 => self.rows(block, x, bytemuck::cast_slice_mut(packed), scales),
             Decode::Dense(_) => true,
         }
     }
 
-    fn blocks<const N: usize>(
-        &self,
-        kernel: fn(&Codebook<N>, Blocks, &[T], &mut [u8], &mut [f32]) -> bool,
-        book: &Codebook<N>,
-        how: Blocks,
-        x: &[T],
-        packed: &mut [u8],
-        scales: &mut [f32],
-    ) -> bool {
-        if !self.large {
-            return kernel(book, how, x, packed, scales);
-        }
-        let mut scratch = [0; stream::PIECE];
-        let blocks = stream::PIECE / how.blocksize;
-        let piece = blocks * how.blocksize;
-        let bytes = if N == 16 { piece / 2 } else { piece };
-        let mut finite = true;
-        let pieces = x.chunks(piece).zip(packed.chunks_mut(bytes)).zip(scales.chunks_mut(blocks));
-        for ((x, packed), scales) in pieces {
-            let scratch = &mut scratch[..packed.len()];
-            finite &= kernel(book, how, x, scratch, scales);
-            stream::copy(scratch, packed);
-        }
-        stream::fence();
-        finite
-    }
-
     fn rows(&self, columns: usize, x: &[T], codes: &mut [i8], scales: &mut [f32]) -> bool {
-        let mut scratch = vec![0; if self.large { columns } else { 0 }];
         let mut finite = true;
         for ((x, codes), scale) in x.chunks(columns).zip(codes.chunks_mut(columns)).zip(scales) {
-            *scale = match (self.how.reference, self.large) {
-                (Reference::Exact, false) => (self.kernels.quantize_row)(x, codes),
-                (Reference::Exact, true) => {
-                    let absmax = (self.kernels.quantize_row)(x, &mut scratch);
-                    stream::copy(bytemuck::cast_slice(&scratch), bytemuck::cast_slice_mut(codes));
-                    absmax
-                }
-                (Reference::BitsandbytesCpu, _) => {
-                    rowwise::quantize_row_like_bitsandbytes(x, codes)
-                }
+            *scale = match self.how.reference {
+                Reference::Exact => (self.kernels.quantize_row)(x, codes),
+                Reference::BitsandbytesCpu => rowwise::quantize_row_like_bitsandbytes(x, codes),
             };
             finite &= scale.is_finite();
         }
-        stream::fence();
         finite
     }
 }

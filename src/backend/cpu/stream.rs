@@ -4,44 +4,89 @@
 //! not, and leaves the caches to what is read. Memory that was just allocated is mapped page by page
 //! as it is touched; with pages of 2 MiB that takes a fraction of the time.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{
+    _mm_sfence, _mm256_loadu_si256, _mm256_stream_si256, _mm512_loadu_si512, _mm512_stream_si512,
+};
+
+use super::Isa;
+
 /// Bytes read and written from which on a result is streamed: it would not stay in a cache.
 const LARGE: usize = 16 << 20;
 
-/// Elements that are computed in the first-level cache before they are streamed from there.
-pub const PIECE: usize = 4096;
+/// Elements that can be computed in the first-level cache before they are streamed from there; as
+/// many as the largest block has.
+pub const PIECE: usize = crate::format::MAX_BLOCKSIZE;
+
+/// Elements after which computing and streaming take turns where that costs nothing: the next ones
+/// are computed while the last are still on their way.
+pub const STEP: usize = 512;
 
 /// Whether to stream what is written while reading `read` bytes and writing `written`.
 pub const fn is_large(read: usize, written: usize) -> bool {
     read.saturating_add(written) >= LARGE
 }
 
-/// Copies bytes past the caches. [`fence`] must follow before another thread may read them.
-pub fn copy(from: &[u8], to: &mut [u8]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
-        const LINE: usize = 64;
-        const PART: usize = size_of::<__m128i>();
-        let head = to.as_ptr().align_offset(LINE).min(to.len()).min(from.len());
-        let (from_head, from) = from.split_at(head);
-        let (to_head, to) = to.split_at_mut(head);
-        to_head.copy_from_slice(from_head);
-        let (from, from_tail) = from.as_chunks::<LINE>();
-        let (to, to_tail) = to.as_chunks_mut::<LINE>();
-        for (from, to) in from.iter().zip(to) {
-            for (from, to) in from.as_chunks::<PART>().0.iter().zip(to.as_chunks_mut::<PART>().0) {
-                // SAFETY: both are sixteen bytes, and `to` is aligned to sixteen: whole parts
-                // behind an address aligned to a line. Every x86-64 has SSE2.
-                unsafe {
-                    let part = _mm_loadu_si128(from.as_ptr().cast());
-                    _mm_stream_si128(to.as_mut_ptr().cast(), part);
-                }
+/// Copies bytes past the caches, if the instruction set has stores for it. [`fence`] must follow
+/// before another thread may read them.
+///
+/// A whole line at once is best: parts of one may be written apart if something comes between them.
+pub fn copy(isa: Isa, from: &[u8], to: &mut [u8]) {
+    match isa {
+        Isa::Scalar => to.copy_from_slice(from),
+        // SAFETY: the value proves AVX2.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2(_) => unsafe { copy_avx2(from, to) },
+        // SAFETY: the value proves AVX-512 F.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512(_) => unsafe { copy_avx512(from, to) },
+    }
+}
+
+/// Bytes of a line of the cache.
+#[cfg(target_arch = "x86_64")]
+const LINE: usize = 64;
+
+/// Copies what is before and after whole lines of `to`; hands out those.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn lines<'a>(from: &'a [u8], to: &'a mut [u8]) -> (&'a [[u8; LINE]], &'a mut [[u8; LINE]]) {
+    let head = to.as_ptr().align_offset(LINE).min(to.len()).min(from.len());
+    let (from_head, from) = from.split_at(head);
+    let (to_head, to) = to.split_at_mut(head);
+    to_head.copy_from_slice(from_head);
+    let (from, from_tail) = from.as_chunks();
+    let (to, to_tail) = to.as_chunks_mut();
+    to_tail.copy_from_slice(from_tail);
+    (from, to)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn copy_avx512(from: &[u8], to: &mut [u8]) {
+    let (from, to) = lines(from, to);
+    for (from, to) in from.iter().zip(to) {
+        // SAFETY: both are one line, and `to` is aligned to it.
+        unsafe {
+            _mm512_stream_si512(to.as_mut_ptr().cast(), _mm512_loadu_si512(from.as_ptr().cast()));
+        };
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn copy_avx2(from: &[u8], to: &mut [u8]) {
+    let (from, to) = lines(from, to);
+    for (from, to) in from.iter().zip(to) {
+        let parts = from.as_chunks::<32>().0.iter().zip(to.as_chunks_mut::<32>().0);
+        for (from, to) in parts {
+            // SAFETY: both are one vector, and `to` is half of a line that it is aligned to.
+            unsafe {
+                let part = _mm256_loadu_si256(from.as_ptr().cast());
+                _mm256_stream_si256(to.as_mut_ptr().cast(), part);
             }
         }
-        to_tail.copy_from_slice(from_tail);
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    to.copy_from_slice(from);
 }
 
 /// Orders streamed bytes before everything that this thread writes from here on.
@@ -49,7 +94,7 @@ pub fn fence() {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: every x86-64 has SSE; the instruction touches no memory of its own.
     unsafe {
-        std::arch::x86_64::_mm_sfence();
+        _mm_sfence();
     }
 }
 
@@ -84,10 +129,12 @@ mod tests {
     #[test]
     fn a_streamed_copy_is_a_copy_at_any_alignment() {
         let from: Vec<u8> = (0..1000u32).map(|i| (i * 7) as u8).collect();
-        for start in [0, 1, 15, 64, 77] {
-            for len in [0, 1, 63, 64, 65, 700] {
+        let lengths = [0, 1, 63, 64, 65, 700];
+        for (isa, len) in Isa::available().into_iter().flat_map(|isa| lengths.map(|len| (isa, len)))
+        {
+            for start in [0, 1, 15, 64, 77] {
                 let mut to = vec![9; 1000];
-                copy(&from[3..3 + len], &mut to[start..start + len]);
+                copy(isa, &from[3..3 + len], &mut to[start..start + len]);
                 fence();
                 assert_eq!(to[start..start + len], from[3..3 + len]);
                 assert!(to[..start].iter().chain(&to[start + len..]).all(|byte| *byte == 9));
