@@ -136,10 +136,22 @@ impl Scales<'_> {
                 }
             }
             Scales::Nested { codes, absmax, offset } => {
-                for ((i, out), code) in out.iter_mut().enumerate().zip(codes.iter().skip(first)) {
-                    *out = absmax
-                        .get((first + i) / NESTED_BLOCKSIZE)
-                        .map_or(0.0, |absmax| nested::decode(*code, *absmax, offset));
+                let (mut at, mut out) = (first, out);
+                let count = codes.len().saturating_sub(first).min(out.len());
+                out = &mut out[..count];
+                while !out.is_empty() {
+                    // Up to the end of the scales that share a scale.
+                    let end = (NESTED_BLOCKSIZE - at % NESTED_BLOCKSIZE).min(out.len());
+                    let (group, rest) = out.split_at_mut(end);
+                    match absmax.get(at / NESTED_BLOCKSIZE) {
+                        Some(absmax) => {
+                            for (out, code) in group.iter_mut().zip(&codes[at..at + end]) {
+                                *out = nested::decode(*code, *absmax, offset);
+                            }
+                        }
+                        None => group.fill(0.0),
+                    }
+                    (at, out) = (at + end, rest);
                 }
             }
         }

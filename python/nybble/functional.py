@@ -74,9 +74,9 @@ def quantize(
     )
 
 
-def dequantize(q: QTensor, dtype: Any = None) -> Any:
-    """Decode a quantized tensor; see `QTensor.dequantize`."""
-    return q.dequantize(dtype)
+def dequantize(q: QTensor, dtype: Any = None, out: torch.Tensor | None = None) -> Any:
+    """Decode a quantized tensor, into `out` if that is given; see `QTensor.dequantize`."""
+    return q.dequantize(dtype, out)
 
 
 def linear(x: torch.Tensor, q: QTensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nybble import _core, reference
 from nybble._memory import Memory, memory, optional_memory
+from nybble.errors import DeviceError, DtypeError, FormatError
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset"
 _HOW = "str format, int blocksize, SymInt[] shape"
@@ -25,6 +26,7 @@ _SCHEMAS = {
         " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "dequantize": f"({_WEIGHT}, {_HOW}, ScalarType dtype) -> Tensor",
+    "dequantize_out": f"({_WEIGHT}, {_HOW}, Tensor(a!) out) -> ()",
     "linear": f"(Tensor x, {_WEIGHT}, Tensor? bias, {_HOW}) -> Tensor",
     "linear_backward": f"(Tensor grad, {_WEIGHT}, {_HOW}) -> Tensor",
     "embedding": f"(Tensor ids, {_WEIGHT}, {_HOW}, ScalarType dtype) -> Tensor",
@@ -62,6 +64,17 @@ def weight(
     )
 
 
+# Bytes from which on large pages are asked for. Fresh memory is mapped as it is first touched,
+# which costs more than the arithmetic that fills it.
+_LARGE = 1 << 22
+
+
+def _expect_to_fill(fresh: Tensor) -> None:
+    """Prepare a tensor that was just allocated and that a kernel fills next."""
+    if fresh.nbytes >= _LARGE:
+        _core.prefer_huge_pages(memory(fresh))
+
+
 # --- quantize -------------------------------------------------------------------------------
 
 
@@ -86,6 +99,8 @@ def _quantize_cpu(
     x = x.contiguous()
     out = _empty_quantized(x, format, blocksize, nested)
     packed, absmax, nested_absmax, nested_offset = out
+    _expect_to_fill(packed)
+    _expect_to_fill(absmax)
     parts = weight(
         packed,
         absmax,
@@ -131,6 +146,7 @@ def _dequantize_cpu(
 ) -> Tensor:
     parts = weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
     out = packed.new_empty(tuple(shape), dtype=dtype)
+    _expect_to_fill(out)
     _core.dequantize(parts, memory(out))
     return out
 
@@ -150,6 +166,70 @@ def _dequantize_fake(
     dtype: torch.dtype,
 ) -> Tensor:
     return packed.new_empty(tuple(shape), dtype=dtype)
+
+
+def _check_out(packed: Tensor, shape: Sequence[int], out: Tensor) -> None:
+    """Whether `out` can be filled: the shape, a dtype that decoding has, contiguous, same device.
+
+    Raises:
+        FormatError: Another shape, or memory with gaps.
+        DtypeError: A dtype other than float32, float16 and bfloat16.
+        DeviceError: Another device.
+    """
+    if tuple(out.shape) != tuple(shape):
+        raise FormatError(f"out has shape {tuple(out.shape)}, the tensor has {tuple(shape)}")
+    if out.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise DtypeError(f"out is {out.dtype}; use float32, float16 or bfloat16")
+    if not out.is_contiguous():
+        raise FormatError(f"out has strides {out.stride()}; it must be contiguous")
+    if out.device != packed.device:
+        raise DeviceError(f"out is on {out.device}, the codes are on {packed.device}")
+
+
+@torch.library.impl("nybble::dequantize_out", "cpu")
+def _dequantize_out_cpu(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+    out: Tensor,
+) -> None:
+    _check_out(packed, shape, out)
+    parts = weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
+    _core.dequantize(parts, memory(out))
+
+
+@torch.library.impl("nybble::dequantize_out", "CompositeExplicitAutograd")
+def _dequantize_out_elsewhere(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+    out: Tensor,
+) -> None:
+    _check_out(packed, shape, out)
+    scales = (absmax, nested_absmax, nested_offset)
+    out.copy_(reference.dequantize(packed, *scales, format, blocksize, shape, out.dtype))
+
+
+@torch.library.register_fake("nybble::dequantize_out")
+def _dequantize_out_fake(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+    out: Tensor,
+) -> None:
+    _check_out(packed, shape, out)
 
 
 # --- what products share --------------------------------------------------------------------
@@ -329,5 +409,6 @@ torch.library.register_autograd(
 
 quantize: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.nybble.quantize
 dequantize: Callable[..., Tensor] = torch.ops.nybble.dequantize
+dequantize_out: Callable[..., None] = torch.ops.nybble.dequantize_out
 embedding: Callable[..., Tensor] = torch.ops.nybble.embedding
 int8_linear: Callable[..., Tensor] = torch.ops.nybble.int8_linear

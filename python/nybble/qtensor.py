@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nybble import ops, reference, state
-from nybble.errors import FormatError
+from nybble.errors import DtypeError, FormatError
 from nybble.products import Memo
 
 
@@ -91,19 +91,31 @@ class QTensor:
         """The number of elements."""
         return self.shape.numel()
 
-    def dequantize(self, dtype: Any = None) -> Any:
+    def dequantize(self, dtype: Any = None, out: torch.Tensor | None = None) -> Any:
         """Decode: value = codebook[code] * scale in float32, rounded once to `dtype`.
 
         Args:
-            dtype: torch or numpy floating point type; None for the type it had.
+            dtype: torch or numpy floating point type; None for the type it had, or that of `out`.
+            out: Contiguous tensor of the original shape on the same device, which is overwritten.
+                To fill memory that is there already saves what fresh memory costs, which for a
+                large tensor is more than the arithmetic.
 
         Returns:
-            A tensor of the original shape on the same device; a numpy array if this was made
-            from one or `dtype` is a numpy type.
+            `out` if that is given. Else a tensor of the original shape on the same device; a numpy
+            array if this was made from one or `dtype` is a numpy type.
 
         Raises:
-            DtypeError: `dtype` is not float32, float16 or bfloat16.
+            DtypeError: `dtype` is not float32, float16 or bfloat16, or not the type of `out`.
+            FormatError: `out` has another shape or is not contiguous.
+            DeviceError: `out` is on another device.
         """
+        if out is not None:
+            if not isinstance(out, torch.Tensor):
+                raise DtypeError(f"out must be a torch tensor, got {type(out).__name__}")
+            if dtype is not None and _target(dtype, self)[0] != out.dtype:
+                raise DtypeError(f"dequantize to {dtype} was asked for, but out is {out.dtype}")
+            ops.dequantize_out(*self.parts, *self.how, out)
+            return out
         target, as_numpy = _target(dtype, self)
         out = ops.dequantize(*self.parts, *self.how, target)
         return out.cpu().numpy() if as_numpy else out

@@ -20,7 +20,7 @@ use crate::dtype::{Dtype, Element};
 use crate::error::{Error, Result};
 use crate::format::{Format, Scale};
 use crate::quant::blockwise::e8m0_encode;
-use crate::quant::nested::{self, NESTED_BLOCKSIZE};
+use crate::quant::nested::NESTED_BLOCKSIZE;
 use crate::quant::stats::{Stats, Summary};
 use crate::tensor::{Layout, QTensor, Scales};
 use crate::with_element;
@@ -195,7 +195,8 @@ impl Stream<'_> {
             let mut codes = vec![0u8; layout.scales];
             let mut absmax = vec![0f32; layout.nested_scales()];
             let reference = self.how.reference;
-            offset = Some(nested::quantize(all_scales, reference, &mut codes, &mut absmax)?);
+            let cpu = &self.cpu;
+            offset = Some(cpu.quantize_scales(all_scales, reference, &mut codes, &mut absmax)?);
             writer.put(&key(Companion::Absmax), codes)?;
             writer.put(&key(Companion::NestedAbsmax), f32_bytes(&absmax))?;
             writer.put(&key(Companion::NestedQuantMap), f32_bytes(nested_quant_map()))?;

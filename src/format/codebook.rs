@@ -4,6 +4,8 @@
 //! below `x`: pivots are the midpoints between neighbours in sorted order, and the count is the
 //! sorted position. Values, pivots and the order all follow from one typed table.
 
+use super::cells::{Cells, Octaves};
+
 /// What happens to a value exactly half way between two neighbours.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ties {
@@ -28,6 +30,10 @@ pub struct Codebook<const N: usize> {
     /// (not above the pivot) and `2n + 1` (above it). A search that starts at node 1 and steps
     /// down `log2(N)` times ends at `N` plus the sorted position. Node 0 is not used.
     pub tree: [f32; N],
+    /// Cells that shorten a search among sixteen values.
+    pub cells: Option<Cells>,
+    /// Cells that shorten a search among 256 values.
+    pub octaves: Option<Octaves>,
 }
 
 impl<const N: usize> Codebook<N> {
@@ -57,7 +63,16 @@ impl<const N: usize> Codebook<N> {
             pivots[i] = if upward { middle.next_down() } else { middle };
             i += 1;
         }
-        Self { values, pivots, order, tree: tree(&pivots) }
+        let largest = values[order[N - 1] as usize];
+        let cells = match pivots.first_chunk::<16>() {
+            Some(pivots) if N == 16 => Cells::new(pivots, largest),
+            _ => None,
+        };
+        let octaves = match pivots.first_chunk::<256>() {
+            Some(pivots) => Octaves::new(pivots),
+            None => None,
+        };
+        Self { values, pivots, order, tree: tree(&pivots), cells, octaves }
     }
 
     /// Whether the code of a value is its sorted position.

@@ -3,6 +3,7 @@
 //! Code loops over [`Format::ALL`] or matches on the fields of a [`Spec`]; it never compares
 //! names. To add a format that fits these fields, add a row.
 
+pub mod cells;
 pub mod codebook;
 
 use std::fmt;

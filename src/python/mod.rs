@@ -24,7 +24,7 @@ mod _core {
     #[pymodule_export]
     use super::ops::{
         cpu, default_threads, dequantize, dequantize_rows, error_stats, formats, layout,
-        pack_codes, quantize, quantize_activations, unpack_codes,
+        pack_codes, prefer_huge_pages, quantize, quantize_activations, unpack_codes,
     };
     #[pymodule_export]
     use super::products::Prepared;

@@ -4,7 +4,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use super::memory::Memory;
-use crate::backend::cpu::{Cpu, Isa, Quantizer, threads};
+use crate::backend::cpu::{Cpu, Isa, Quantizer, stream, threads};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::format::{Decode, Format, Scale};
@@ -174,6 +174,13 @@ pub fn dequantize(py: Python<'_>, weight: Weight, out: Memory, first: usize) -> 
         let out = out.slice_mut::<T>()?;
         py.detach(|| cpu.dequantize_range(&q, first, out))
     })?;
+    Ok(())
+}
+
+/// Asks for large pages under memory that was just allocated and is to be filled.
+#[pyfunction]
+pub fn prefer_huge_pages(fresh: Memory) -> PyResult<()> {
+    stream::prefer_huge_pages(fresh.bytes_mut()?);
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 
 use crate::error::Result;
 use crate::format::Scale;
-use crate::format::codebook::DYNAMIC;
+use crate::format::codebook::{Codebook, DYNAMIC};
 use crate::pack::check_len;
 use crate::quant::blockwise::{Blocks, Divisor, absmax, quantize8};
 use crate::quant::{Reference, torch_sum};
@@ -20,6 +20,17 @@ pub const NESTED_BLOCKSIZE: usize = 256;
 ///
 /// `codes` has one byte a scale, `nested_absmax` one value per 256 of them.
 pub fn quantize(
+    scales: &[f32],
+    reference: Reference,
+    codes: &mut [u8],
+    nested_absmax: &mut [f32],
+) -> Result<f32> {
+    quantize_by(quantize8, scales, reference, codes, nested_absmax)
+}
+
+/// [`quantize`] with a kernel that computes what [`quantize8`] does.
+pub fn quantize_by(
+    quantize8: fn(&Codebook<256>, Blocks, &[f32], &mut [u8], &mut [f32]) -> bool,
     scales: &[f32],
     reference: Reference,
     codes: &mut [u8],

@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use crate::dtype::Element;
+
 /// Sums over all elements, from which the figures follow. Two of them add up.
 ///
 /// Sums are f64 in eight lanes, merged in a fixed order: the same input gives the same bits,
@@ -58,6 +60,7 @@ impl Default for Stats {
 
 impl Stats {
     /// Adds one block or row: the original, what it decodes to, and its scale.
+    #[inline(always)]
     pub fn add(&mut self, original: &[f32], decoded: &[f32], absmax: f32) {
         let mut sums = [[0f64; LANES]; 4];
         let mut max_abs = [0f32; LANES];
@@ -85,12 +88,23 @@ impl Stats {
     }
 
     /// Counts codes, one a byte.
-    pub fn count_codes(&mut self, codes: impl Iterator<Item = u8>, bits: u8) {
-        self.histogram.resize(1 << bits, 0);
-        for code in codes {
-            if let Some(count) = self.histogram.get_mut(usize::from(code)) {
-                *count += 1;
-            }
+    pub fn count_codes(&mut self, codes: &[u8]) {
+        self.histogram.resize(256, 0);
+        for (count, more) in self.histogram.iter_mut().zip(count_bytes(codes)) {
+            *count += more;
+        }
+    }
+
+    /// Counts the codes of `elements` elements, two a byte, the first one high.
+    pub fn count_packed(&mut self, packed: &[u8], elements: usize) {
+        self.histogram.resize(16, 0);
+        let (pairs, odd) = packed.split_at((elements / 2).min(packed.len()));
+        for (byte, more) in count_bytes(pairs).into_iter().enumerate() {
+            self.histogram[byte >> 4] += more;
+            self.histogram[byte & 15] += more;
+        }
+        if let (1, [last, ..]) = (elements % 2, odd) {
+            self.histogram[usize::from(last >> 4)] += 1;
         }
     }
 
@@ -134,6 +148,37 @@ impl Stats {
             zeroed: self.zeroed,
             histogram: self.histogram.clone(),
         }
+    }
+}
+
+/// How often each byte occurs.
+fn count_bytes(bytes: &[u8]) -> [u64; 256] {
+    // Four tables: a count that was just written need not be waited for when a byte repeats.
+    let mut counts = [[0u64; 256]; 4];
+    let (fours, rest) = bytes.as_chunks::<4>();
+    for four in fours {
+        for (counts, byte) in counts.iter_mut().zip(four) {
+            counts[usize::from(*byte)] += 1;
+        }
+    }
+    for byte in rest {
+        counts[0][usize::from(*byte)] += 1;
+    }
+    std::array::from_fn(|byte| counts.iter().map(|counts| counts[byte]).sum())
+}
+
+/// Adds blocks or rows of `block` elements to `total`: the original, what it decodes to, and a
+/// scale each.
+pub fn compare<T: Element>(
+    x: &[T],
+    decoded: &[f32],
+    block: usize,
+    scales: &[f32],
+    total: &mut Stats,
+) {
+    for ((x, decoded), scale) in x.chunks(block).zip(decoded.chunks(block)).zip(scales) {
+        let wide: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
+        total.add(&wide, decoded, *scale);
     }
 }
 
@@ -195,6 +240,18 @@ mod tests {
         assert!((figures.sqnr_db - 10.0 * 25f64.log10()).abs() < 1e-12);
         assert!((figures.rel_rms - 0.2).abs() < 1e-12);
         assert!((figures.cosine - 21.0 / (25f64 * 18.0).sqrt()).abs() < 1e-12);
+    }
+
+    #[test]
+    fn packed_codes_are_counted_without_the_padding_of_an_odd_end() {
+        let mut stats = Stats::default();
+        stats.count_packed(&[0x12, 0x11, 0x11, 0x11, 0x11, 0x37], 11);
+        let mut want = vec![0; 16];
+        (want[1], want[2], want[3]) = (9, 1, 1);
+        assert_eq!(stats.histogram, want);
+        let mut bytes = Stats::default();
+        bytes.count_codes(&[7, 7, 200, 0, 7]);
+        assert_eq!((bytes.histogram[7], bytes.histogram[200], bytes.histogram[0]), (3, 1, 1));
     }
 
     #[test]

@@ -40,6 +40,7 @@ def test_ops_are_registered_as_torch_demands(name, nested):
     check = torch.library.opcheck
     check(ops.quantize.default, (w, name, q.blocksize, nested, "exact", "error"))
     check(ops.dequantize.default, (*q.parts, *q.how, torch.bfloat16))
+    check(ops.dequantize_out.default, (*q.parts, *q.how, torch.empty(24, 40)))
     check(ops.linear.default, (x, *q.parts, bias, *q.how))
     check(ops.linear.default, (x.detach(), *q.parts, None, *q.how))
     check(ops.embedding.default, (ids, *q.parts, *q.how, torch.float32))

@@ -9,10 +9,11 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::simd::{GROUP, HALF, Simd, entry_points};
+use super::simd::{GROUP, HALF, Simd, entry_points, first_four};
 use super::{Isa, Kernels, Lanes};
 use crate::format::codebook::Codebook;
 use crate::quant::blockwise::Blocks;
+use crate::quant::stats::Stats;
 
 /// Proof that the machine has AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,11 +112,21 @@ macro_rules! each {
     }};
 }
 
+/// What a search among sixteen values looks at.
+#[derive(Clone, Copy)]
+pub struct Search {
+    tree: [__m256; 2],
+    root: [__m256; 4],
+    /// The code of each position.
+    order: __m128i,
+}
+
 impl Simd for Avx2 {
     type Floats = [__m256; 4];
     type Ints = [__m256i; 4];
     /// Nodes 0 to 7, nodes 8 to 15.
     type Tree = [__m256; 2];
+    type Search = Search;
     /// The low bytes of all values, the high bytes of all values, each twice.
     type Table2 = [__m256i; 2];
     /// Values 0 to 7, values 8 to 15.
@@ -226,12 +237,20 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn pack(self, [a, b, c, d]: Self::Ints, order: &[u8; 16]) -> [u8; HALF] {
-        // SAFETY: `self` proves AVX2; `order` and the result are sixteen bytes.
+    fn search(self, book: &Codebook<16>) -> Option<Search> {
+        // SAFETY: `self` proves AVX; the order is sixteen bytes.
+        let order = unsafe { _mm_loadu_si128(book.order.as_ptr().cast()) };
+        Some(Search { tree: self.tree(&book.tree), root: self.splat(book.tree[1]), order })
+    }
+
+    #[inline(always)]
+    fn encode(self, search: Search, x: Self::Floats) -> [u8; HALF] {
+        let [a, b, c, d] = first_four(self, search.tree, search.root, x);
+        // SAFETY: `self` proves AVX2; the result is sixteen bytes.
         unsafe {
             // Four bytes of `a`, of `b`, of `c`, of `d`, then the other four of each.
             let x = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
-            let order = _mm256_broadcastsi128_si256(_mm_loadu_si128(order.as_ptr().cast()));
+            let order = _mm256_broadcastsi128_si256(search.order);
             let codes = _mm256_shuffle_epi8(order, x);
             let pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));
             let (first, last) =

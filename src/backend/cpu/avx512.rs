@@ -13,6 +13,7 @@ use super::simd::{GROUP, HALF, Simd, entry_points};
 use super::{Isa, Kernels, Lanes};
 use crate::format::codebook::Codebook;
 use crate::quant::blockwise::Blocks;
+use crate::quant::stats::Stats;
 
 /// Proof that the machine has AVX-512 F, BW, DQ and VL, and AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +48,13 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512vl");
         found.then_some(Self(()))
     }
+}
+
+/// The proof, inside of a function that has the features.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub fn inside() -> Avx512 {
+    Avx512(())
 }
 
 entry_points!(Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");
@@ -130,9 +138,23 @@ macro_rules! each {
     }};
 }
 
+/// What a search among sixteen values looks at; see [`Cells`].
+#[derive(Clone, Copy)]
+pub struct Search {
+    step: __m512,
+    pivots: [__m512; 2],
+    /// By a cell, and 32 more where a number is above its pivot: the code, or, if there are extra
+    /// pivots, the number of other pivots below.
+    codes: [__m512i; 2],
+    extra: Option<[__m512; 2]>,
+    /// The code of each position, twice.
+    order: __m512i,
+}
+
 impl Simd for Avx512 {
     type Floats = [__m512; 2];
     type Ints = [__m512i; 2];
+    type Search = Search;
     type Tree = __m512;
     /// The sixteen values twice: the permutation reads five bits of an index.
     type Table2 = __m512i;
@@ -246,15 +268,68 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn pack(self, x: Self::Ints, order: &[u8; 16]) -> [u8; HALF] {
-        let x = each!(x => _mm512_cvtepi32_epi8(x));
-        // SAFETY: `self` proves AVX-512 BW and VL; `order` and the result are sixteen bytes.
+    fn search(self, book: &Codebook<16>) -> Option<Search> {
+        let cells = book.cells.as_ref()?;
+        let mut codes = [0u16; 64];
+        for (i, code) in codes.iter_mut().enumerate() {
+            let position = cells.below[i % 32] + u8::from(i >= 32);
+            let order =
+                if cells.has_extra() { position } else { book.order[usize::from(position) % 16] };
+            *code = u16::from(order);
+        }
+        let order: [u16; 32] = std::array::from_fn(|i| u16::from(book.order[i % 16]));
+        let pivots: &[[f32; 16]] = cells.pivots.as_chunks().0;
+        let halves: &[[u16; 32]] = codes.as_chunks().0;
+        // SAFETY: `self` proves AVX-512 F; the arrays are as long as the vectors.
         unsafe {
-            let order = _mm256_broadcastsi128_si256(_mm_loadu_si128(order.as_ptr().cast()));
-            let codes = _mm256_shuffle_epi8(order, _mm256_set_m128i(x[1], x[0]));
-            let pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));
+            let words = |words: &[u16; 32]| _mm512_loadu_si512(words.as_ptr().cast());
+            let extra = cells.extra.map(|pivot| _mm512_set1_ps(pivot));
+            Some(Search {
+                step: _mm512_set1_ps(cells.step),
+                pivots: [f32::load16(self, &pivots[0]), f32::load16(self, &pivots[1])],
+                codes: [words(&halves[0]), words(&halves[1])],
+                extra: cells.has_extra().then_some(extra),
+                order: words(&order),
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn encode(self, search: Search, x: Self::Floats) -> [u8; HALF] {
+        /// Added to a number below 2^22, 1.5 * 2^23 leaves the nearest integer in the low bits.
+        const ROUND: f32 = 12_582_912.0;
+        let cell = each!(x => {
+            let cell = _mm512_fmadd_ps(x, search.step, _mm512_set1_ps(ROUND + 16.0));
+            _mm512_castps_si512(cell)
+        });
+        // The permutation reads five bits of an index.
+        let pivot = each!(cell => _mm512_permutex2var_ps(search.pivots[0], cell, search.pivots[1]));
+        let [a, b] = each!(cell, x, pivot => {
+            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, pivot);
+            _mm512_mask_or_epi32(cell, above, cell, _mm512_set1_epi32(32))
+        });
+        // SAFETY: `self` proves AVX-512 F, BW and VL; the result is sixteen bytes.
+        unsafe {
+            // Words of the first and of the second half of the group by turns.
+            let words = _mm512_mask_blend_epi16(0xaaaa_aaaa, a, _mm512_slli_epi32::<16>(b));
+            let mut codes = _mm512_permutex2var_epi16(search.codes[0], words, search.codes[1]);
+            if let Some(extra) = search.extra {
+                for pivot in extra {
+                    let first = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x[0], pivot);
+                    let second = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x[1], pivot);
+                    let (one, upper) = (_mm512_set1_epi32(1), _mm512_set1_epi32(1 << 16));
+                    codes = _mm512_mask_add_epi32(codes, first, codes, one);
+                    codes = _mm512_mask_add_epi32(codes, second, codes, upper);
+                }
+                codes = _mm512_permutexvar_epi16(codes, search.order);
+            }
+            // Of four words, the third belongs below the first, the fourth below the second.
+            let pairs =
+                _mm512_or_si512(_mm512_slli_epi64::<4>(codes), _mm512_srli_epi64::<32>(codes));
+            let bytes = _mm256_cvtepi16_epi8(_mm512_cvtepi64_epi32(pairs));
+            let places = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
             let mut out = [0; HALF];
-            _mm_storeu_si128(out.as_mut_ptr().cast(), _mm256_cvtepi16_epi8(pairs));
+            _mm_storeu_si128(out.as_mut_ptr().cast(), _mm_shuffle_epi8(bytes, places));
             out
         }
     }

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{Cpu, Kernels, Lanes, RUN};
+use super::{Cpu, Kernels, Lanes, RUN, stream};
 use crate::error::{Error, Result};
 use crate::format::Decode;
 use crate::pack::check_len;
@@ -43,9 +43,11 @@ impl Cpu {
         let first = first + head.len();
         let run = (RUN / block).max(1) * block;
         let kernels = Kernels::<T>::of(self.isa);
+        let read = body.len() / 8 * usize::from(q.layout().format.spec().bits);
+        let large = stream::is_large(read, size_of_val(body));
         self.spread(body.len(), || {
             body.par_chunks_mut(run).enumerate().for_each(|(i, out)| {
-                decode_run(&kernels, q, first / block + i * (run / block), out);
+                decode_run(&kernels, q, first / block + i * (run / block), out, large);
             });
         });
         Ok(())
@@ -80,11 +82,17 @@ impl Cpu {
     }
 }
 
-/// Decodes whole blocks from block `first` on; the last may be short.
-fn decode_run<T: Lanes>(kernels: &Kernels<T>, q: &QTensor<'_>, first: usize, out: &mut [T]) {
+/// Decodes whole blocks from block `first` on, past the caches if they are `large`; the last may
+/// be short.
+fn decode_run<T: Lanes>(
+    kernels: &Kernels<T>,
+    q: &QTensor<'_>,
+    first: usize,
+    out: &mut [T],
+    large: bool,
+) {
     let layout = q.layout();
     let block = layout.blocksize.max(1);
-    let start = first * block;
     let mut decoded = Vec::new();
     let blocks = out.len().div_ceil(block);
     let scales = match q.scales() {
@@ -95,17 +103,61 @@ fn decode_run<T: Lanes>(kernels: &Kernels<T>, q: &QTensor<'_>, first: usize, out
             &decoded
         }
     };
-    match layout.format.spec().decode {
+    let decode = layout.format.spec().decode;
+    let codes = match decode {
+        Decode::Codebook4(_) => &q.packed()[first * block / 2..],
+        _ => &q.packed()[first * block..],
+    };
+    if !large {
+        return decode_blocks(kernels, decode, block, codes, scales, out);
+    }
+    let mut scratch = [T::default(); stream::PIECE];
+    let mut piecewise = |block: usize, codes: &[u8], scales: &[f32], out: &mut [T]| {
+        let blocks = match decode {
+            // A table of 256 values takes a while to prepare.
+            Decode::Codebook8(_) => stream::PIECE / block,
+            _ => (stream::STEP / block).max(1),
+        };
+        let piece = blocks * block;
+        let bytes = if matches!(decode, Decode::Codebook4(_)) { piece / 2 } else { piece };
+        let parts = out.chunks_mut(piece).zip(codes.chunks(bytes)).zip(scales.chunks(blocks));
+        for ((out, codes), scales) in parts {
+            let scratch = &mut scratch[..out.len()];
+            decode_blocks(kernels, decode, block, codes, scales, scratch);
+            stream::copy(kernels.isa, bytemuck::cast_slice(scratch), bytemuck::cast_slice_mut(out));
+        }
+    };
+    if block <= stream::PIECE {
+        piecewise(block, codes, scales, out);
+    } else {
+        // A long row of int8: every piece of it has the row's scale.
+        for ((out, codes), scale) in out.chunks_mut(block).zip(codes.chunks(block)).zip(scales) {
+            let scales = vec![*scale; block.div_ceil(stream::PIECE)];
+            piecewise(stream::PIECE, codes, &scales, out);
+        }
+    }
+    stream::fence();
+}
+
+/// Decodes as many elements as `out` holds, beginning with a block.
+fn decode_blocks<T: Lanes>(
+    kernels: &Kernels<T>,
+    decode: Decode,
+    block: usize,
+    codes: &[u8],
+    scales: &[f32],
+    out: &mut [T],
+) {
+    match decode {
         Decode::Codebook4(book) => {
-            let packed = &q.packed()[start / 2..(start + out.len()).div_ceil(2)];
+            let packed = &codes[..out.len().div_ceil(2)];
             (kernels.dequantize4)(&book.values, block, packed, scales, out);
         }
         Decode::Codebook8(book) => {
-            let codes = &q.packed()[start..start + out.len()];
-            (kernels.dequantize8)(&book.values, block, codes, scales, out);
+            (kernels.dequantize8)(&book.values, block, &codes[..out.len()], scales, out);
         }
         Decode::Int8 => {
-            let codes: &[i8] = bytemuck::cast_slice(&q.packed()[start..start + out.len()]);
+            let codes: &[i8] = bytemuck::cast_slice(&codes[..out.len()]);
             for ((out, codes), absmax) in out.chunks_mut(block).zip(codes.chunks(block)).zip(scales)
             {
                 (kernels.dequantize_row)(codes, *absmax, out);

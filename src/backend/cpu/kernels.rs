@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::format::codebook::Codebook;
 use crate::quant::blockwise::{self, Blocks};
 use crate::quant::rowwise;
+use crate::quant::stats::{self, Stats};
 
 #[cfg(target_arch = "aarch64")]
 use super::neon::{self, Lanes4, Neon, NeonBf16};
@@ -17,6 +18,7 @@ use super::neon::{self, Lanes4, Neon, NeonBf16};
 use super::{
     avx2::{self, Avx2, Lanes8},
     avx512::{self, Avx512, Avx512Ext, Lanes16},
+    vbmi::{self, Vbmi},
 };
 
 /// An element type that every instruction set of this build can load and store.
@@ -54,6 +56,8 @@ pub struct Kernels<T: 'static> {
     pub quantize_row: fn(&[T], &mut [i8]) -> f32,
     /// [`rowwise::dequantize_row`]
     pub dequantize_row: fn(&[i8], f32, &mut [T]),
+    /// [`stats::compare`]
+    pub compare: fn(&[T], &[f32], usize, &[f32], &mut Stats),
 }
 
 impl<T: Lanes> Kernels<T> {
@@ -66,6 +70,7 @@ impl<T: Lanes> Kernels<T> {
         dequantize8: blockwise::dequantize8::<T>,
         quantize_row: rowwise::quantize_row::<T>,
         dequantize_row: rowwise::dequantize_row::<T>,
+        compare: stats::compare::<T>,
     };
 
     /// The kernels of an instruction set.
@@ -81,7 +86,10 @@ impl<T: Lanes> Kernels<T> {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(proof) => avx512::kernels(proof),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Ext(proof) => Self { isa, ..avx512::kernels(proof.base()) },
+            Isa::Avx512Ext(proof) => match Vbmi::detect(proof.base()) {
+                Some(proof) => Self { isa, ..vbmi::kernels(proof) },
+                None => Self { isa, ..avx512::kernels(proof.base()) },
+            },
         }
     }
 }

@@ -15,7 +15,10 @@ mod product;
 mod quantize;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod simd;
+pub mod stream;
 pub mod threads;
+#[cfg(target_arch = "x86_64")]
+mod vbmi;
 
 pub use kernels::{Isa, Kernels, Lanes};
 pub use quantize::{Found, Quantizer};

@@ -11,10 +11,11 @@ use std::array::from_fn;
 
 use half::{bf16, f16};
 
-use super::simd::{GROUP, HALF, Simd, entry_points};
+use super::simd::{GROUP, HALF, Simd, entry_points, first_four};
 use super::{Isa, Kernels, Lanes};
 use crate::format::codebook::Codebook;
 use crate::quant::blockwise::Blocks;
+use crate::quant::stats::Stats;
 
 /// Proof that the machine has NEON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,11 +118,21 @@ impl Lanes4 for bf16 {
     }
 }
 
+/// What a search among sixteen values looks at.
+#[derive(Clone, Copy)]
+pub struct Search {
+    tree: [uint8x16x2_t; 2],
+    root: [float32x4_t; 8],
+    /// The code of each position.
+    order: uint8x16_t,
+}
+
 impl Simd for Neon {
     type Floats = [float32x4_t; 8];
     type Ints = [int32x4_t; 8];
     /// Nodes 0 to 7, nodes 8 to 15.
     type Tree = [uint8x16x2_t; 2];
+    type Search = Search;
     /// The low bytes of all values, the high bytes of all values.
     type Table2 = [uint8x16_t; 2];
     /// The bytes of all values, the lowest first.
@@ -231,13 +242,20 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn pack(self, x: Self::Ints, order: &[u8; 16]) -> [u8; HALF] {
-        let [first, last] = low_bytes(self, x);
-        // SAFETY: `self` proves NEON; `order` and the result are sixteen bytes.
+    fn search(self, book: &Codebook<16>) -> Option<Search> {
+        // SAFETY: `self` proves NEON; the order is sixteen bytes.
+        let order = unsafe { vld1q_u8(book.order.as_ptr()) };
+        Some(Search { tree: self.tree(&book.tree), root: self.splat(book.tree[1]), order })
+    }
+
+    #[inline(always)]
+    fn encode(self, search: Search, x: Self::Floats) -> [u8; HALF] {
+        let [first, last] = low_bytes(self, first_four(self, search.tree, search.root, x));
+        // SAFETY: `self` proves NEON; the result is sixteen bytes.
         unsafe {
-            let (order, low) = (vld1q_u8(order.as_ptr()), vdupq_n_u8(15));
-            let first = vqtbl1q_u8(order, vandq_u8(first, low));
-            let last = vqtbl1q_u8(order, vandq_u8(last, low));
+            let low = vdupq_n_u8(15);
+            let first = vqtbl1q_u8(search.order, vandq_u8(first, low));
+            let last = vqtbl1q_u8(search.order, vandq_u8(last, low));
             let (even, odd) = (vuzp1q_u8(first, last), vuzp2q_u8(first, last));
             let mut out = [0; HALF];
             vst1q_u8(out.as_mut_ptr(), vsliq_n_u8::<4>(odd, even));

@@ -94,10 +94,22 @@ impl Cpu {
             ScalesMut::Nested { codes, absmax, offset } => {
                 let mut scales = vec![0f32; layout.scales];
                 let found = self.quantize(layout, how, x, packed, &mut scales)?;
-                *offset = nested::quantize(&scales, how.reference, codes, absmax)?;
+                *offset = self.quantize_scales(&scales, how.reference, codes, absmax)?;
                 Ok(found)
             }
         }
+    }
+
+    /// [`nested::quantize`] with the kernels in use.
+    pub fn quantize_scales(
+        &self,
+        scales: &[f32],
+        reference: Reference,
+        codes: &mut [u8],
+        nested_absmax: &mut [f32],
+    ) -> Result<f32> {
+        let kernel = Kernels::<f32>::of(self.isa).quantize8;
+        nested::quantize_by(kernel, scales, reference, codes, nested_absmax)
     }
 
     /// Quantizes activations for LLM.int8(): `[rows, columns]` to signed bytes with one scale a
@@ -158,6 +170,7 @@ impl Cpu {
         let block = q.layout().blocksize.max(1);
         let run = (RUN / block).max(1) * block;
         let one = Cpu { threads: 1, ..*self };
+        let kernels = Kernels::<T>::of(self.isa);
         let runs: Vec<Result<Stats>> = self.spread(x.len(), || {
             x.par_chunks(run)
                 .enumerate()
@@ -166,7 +179,9 @@ impl Cpu {
                     one.dequantize_range(q, i * run, &mut decoded)?;
                     let mut scales = vec![0f32; x.len().div_ceil(block)];
                     q.scales().decode(i * run / block, &mut scales);
-                    Ok(compare(x, &decoded, block, &scales))
+                    let mut stats = Stats::default();
+                    (kernels.compare)(x, &decoded, block, &scales, &mut stats);
+                    Ok(stats)
                 })
                 .collect()
         });
@@ -187,7 +202,7 @@ struct Run<'a, T: 'static> {
 
 impl<T: Lanes> Run<'_, T> {
     fn quantize(&self, x: &[T], packed: &mut [u8], scales: &mut [f32]) -> Result<Found> {
-        if encode(self.kernels, self.layout, self.how.reference, x, packed, scales) {
+        if self.encode(x, packed, scales) {
             return Ok(self.stats(x, packed, scales, 0));
         }
         let found = x.iter().map(|x| x.to_f32()).enumerate().find(|(_, x)| !x.is_finite());
@@ -216,7 +231,7 @@ impl<T: Lanes> Run<'_, T> {
 
     /// Encodes values known to be finite: only a cast to fp16 can still overflow.
     fn refuse_overflow(&self, x: &[T], packed: &mut [u8], scales: &mut [f32]) -> Result<()> {
-        if encode(self.kernels, self.layout, self.how.reference, x, packed, scales) {
+        if self.encode(x, packed, scales) {
             return Ok(());
         }
         let (index, value) = x
@@ -242,66 +257,56 @@ impl<T: Lanes> Run<'_, T> {
         };
         let mut decoded = vec![0f32; x.len()];
         decode_plain(self.isa, &layout, packed, scales, &mut decoded);
-        let mut stats = compare(x, &decoded, layout.blocksize, scales);
-        stats.zeroed = zeroed;
-        let spec = layout.format.spec();
-        let odd = x.len() % 2 == 1;
-        match spec.bits {
-            4 => {
-                let nibbles = packed.iter().flat_map(|byte| [byte >> 4, byte & 15]);
-                stats.count_codes(nibbles.take(packed.len() * 2 - usize::from(odd)), 4);
-            }
-            _ => stats.count_codes(packed.iter().copied(), 8),
+        let mut stats = Stats { zeroed, ..Stats::default() };
+        (self.kernels.compare)(x, &decoded, layout.blocksize, scales, &mut stats);
+        match layout.format.spec().bits {
+            4 => stats.count_packed(packed, x.len()),
+            _ => stats.count_codes(packed),
         }
         Some(stats)
     }
-}
 
-/// Runs the kernel of the format; returns whether all values were finite.
-fn encode<T: Lanes>(
-    kernels: &Kernels<T>,
-    layout: &Layout,
-    reference: Reference,
-    x: &[T],
-    packed: &mut [u8],
-    scales: &mut [f32],
-) -> bool {
-    let spec = layout.format.spec();
-    let block = layout.blocksize;
-    let how = Blocks::new(block, spec.scale, reference);
-    match spec.decode {
-        Decode::Codebook4(book) => {
-            let finite = (kernels.quantize4)(book, how, x, packed, scales);
-            let tail = x.len() % block;
-            if reference == Reference::BitsandbytesCpu
-                && spec.scale == Scale::Absmax
-                && tail > 0
-                && let Some(scale) = scales.last_mut()
-            {
-                let first = x.len() - tail;
-                blockwise::quantize4_tail_like_bitsandbytes(
-                    book,
-                    &x[first..],
-                    &mut packed[first / 2..],
-                    scale,
-                );
+    /// Runs the kernel of the format; returns whether all values were finite.
+    fn encode(&self, x: &[T], packed: &mut [u8], scales: &mut [f32]) -> bool {
+        let spec = self.layout.format.spec();
+        let block = self.layout.blocksize;
+        let reference = self.how.reference;
+        let how = Blocks::new(block, spec.scale, reference);
+        match spec.decode {
+            Decode::Codebook4(book) => {
+                let finite = (self.kernels.quantize4)(book, how, x, packed, scales);
+                let tail = x.len() % block;
+                if reference == Reference::BitsandbytesCpu
+                    && spec.scale == Scale::Absmax
+                    && tail > 0
+                    && let Some(scale) = scales.last_mut()
+                {
+                    let first = x.len() - tail;
+                    blockwise::quantize4_tail_like_bitsandbytes(
+                        book,
+                        &x[first..],
+                        &mut packed[first / 2..],
+                        scale,
+                    );
+                }
+                finite
             }
-            finite
+            Decode::Codebook8(book) => (self.kernels.quantize8)(book, how, x, packed, scales),
+            Decode::Int8 => self.rows(block, x, bytemuck::cast_slice_mut(packed), scales),
+            Decode::Dense(_) => true,
         }
-        Decode::Codebook8(book) => (kernels.quantize8)(book, how, x, packed, scales),
-        Decode::Int8 => {
-            let codes: &mut [i8] = bytemuck::cast_slice_mut(packed);
-            let mut finite = true;
-            for ((x, codes), scale) in x.chunks(block).zip(codes.chunks_mut(block)).zip(scales) {
-                *scale = match reference {
-                    Reference::Exact => (kernels.quantize_row)(x, codes),
-                    Reference::BitsandbytesCpu => rowwise::quantize_row_like_bitsandbytes(x, codes),
-                };
-                finite &= scale.is_finite();
-            }
-            finite
+    }
+
+    fn rows(&self, columns: usize, x: &[T], codes: &mut [i8], scales: &mut [f32]) -> bool {
+        let mut finite = true;
+        for ((x, codes), scale) in x.chunks(columns).zip(codes.chunks_mut(columns)).zip(scales) {
+            *scale = match self.how.reference {
+                Reference::Exact => (self.kernels.quantize_row)(x, codes),
+                Reference::BitsandbytesCpu => rowwise::quantize_row_like_bitsandbytes(x, codes),
+            };
+            finite &= scale.is_finite();
         }
-        Decode::Dense(_) => true,
+        finite
     }
 }
 
@@ -319,19 +324,6 @@ fn decode_plain(cpu: &Cpu, layout: &Layout, packed: &[u8], scales: &[f32], out: 
         }
         Decode::Dense(_) => {}
     }
-}
-
-fn compare<T: Lanes>(x: &[T], decoded: &[f32], block: usize, scales: &[f32]) -> Stats {
-    let mut stats = Stats::default();
-    let mut wide = vec![0f32; block.min(x.len())];
-    for ((x, decoded), scale) in x.chunks(block).zip(decoded.chunks(block)).zip(scales) {
-        let wide = &mut wide[..x.len()];
-        for (wide, x) in wide.iter_mut().zip(x) {
-            *wide = x.to_f32();
-        }
-        stats.add(wide, decoded, *scale);
-    }
-    stats
 }
 
 fn shift(error: Error, by: usize) -> Error {

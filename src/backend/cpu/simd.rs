@@ -12,6 +12,7 @@ use super::Lanes;
 use crate::format::codebook::Codebook;
 use crate::quant::blockwise::{self, Blocks, Divisor};
 use crate::quant::rowwise;
+use crate::quant::stats::Stats;
 
 /// Elements of a group.
 pub const GROUP: usize = 32;
@@ -26,6 +27,8 @@ pub trait Simd: Copy {
     type Floats: Copy;
     /// A group of i32.
     type Ints: Copy;
+    /// What a search among sixteen values looks at.
+    type Search: Copy;
     /// Nodes 1 to 15 of a search tree.
     type Tree: Copy;
     /// Sixteen 16-bit values.
@@ -61,8 +64,10 @@ pub trait Simd: Copy {
     /// The last four steps down a tree of 256 nodes, from nodes 16 to 31 on.
     fn last_four(self, nodes: &[f32; 256], node: Self::Ints, x: Self::Floats) -> Self::Ints;
 
-    /// `order[x % 16]` of each lane, where `x` is below 128, packed in pairs, first one high.
-    fn pack(self, x: Self::Ints, order: &[u8; 16]) -> [u8; HALF];
+    /// Prepares a search; none where the codebook has nothing to start from.
+    fn search(self, book: &Codebook<16>) -> Option<Self::Search>;
+    /// The codes of the values nearest to `x`, packed in pairs, first one high.
+    fn encode(self, search: Self::Search, x: Self::Floats) -> [u8; HALF];
     /// The lowest byte of each lane; lanes are within ±32767.
     fn bytes(self, x: Self::Ints) -> [u8; GROUP];
     /// Signed bytes as f32.
@@ -85,7 +90,7 @@ pub trait Simd: Copy {
 /// Elements whose scales are found before the first of them is encoded: the chain from the
 /// values of a block to its scale to its codes is long, and a processor works on several blocks at
 /// once only where they do not wait for each other. They stay in the first-level cache.
-const BATCH: usize = 2048;
+pub const BATCH: usize = 2048;
 
 /// [`blockwise::absmax`]
 #[inline(always)]
@@ -101,7 +106,7 @@ fn absmax<S: Simd, T: Lanes>(simd: S, x: &[T]) -> f32 {
 
 /// Writes the scale of each block; returns whether all values were finite.
 #[inline(always)]
-fn find_scales<S: Simd, T: Lanes>(simd: S, how: Blocks, x: &[T], scales: &mut [f32]) -> bool {
+pub fn find_scales<S: Simd, T: Lanes>(simd: S, how: Blocks, x: &[T], scales: &mut [f32]) -> bool {
     let mut finite = true;
     for (x, scale) in x.chunks(how.blocksize).zip(scales) {
         let absmax = absmax(simd, x);
@@ -109,6 +114,15 @@ fn find_scales<S: Simd, T: Lanes>(simd: S, how: Blocks, x: &[T], scales: &mut [f
         *scale = how.scale(absmax);
     }
     finite
+}
+
+/// The first four steps down a tree.
+#[inline(always)]
+pub fn first_four<S: Simd>(simd: S, tree: S::Tree, root: S::Floats, x: S::Floats) -> S::Ints {
+    let node = simd.child(simd.splat_int(1), x, root);
+    let node = simd.child(node, x, simd.upper(tree, node));
+    let node = simd.child(node, x, simd.upper(tree, node));
+    simd.child(node, x, simd.lower(tree, node))
 }
 
 /// [`blockwise::quantize4`]
@@ -121,7 +135,9 @@ pub fn quantize4<S: Simd, T: Lanes>(
     packed: &mut [u8],
     scales: &mut [f32],
 ) -> bool {
-    let (tree, root) = (simd.tree(&book.tree), simd.splat(book.tree[1]));
+    let Some(search) = simd.search(book) else {
+        return blockwise::quantize4(book, how, x, packed, scales);
+    };
     let blocks = (BATCH / how.blocksize).max(1);
     let run = blocks * how.blocksize;
     let mut finite = true;
@@ -139,12 +155,7 @@ pub fn quantize4<S: Simd, T: Lanes>(
             let (groups, rest) = x.as_chunks::<GROUP>();
             let (packed, packed_rest) = packed.split_at_mut(groups.len() * HALF);
             for (x, packed) in groups.iter().zip(packed.as_chunks_mut::<HALF>().0) {
-                let x = simd.mul(simd.load(x), factor);
-                let node = simd.child(simd.splat_int(1), x, root);
-                let node = simd.child(node, x, simd.upper(tree, node));
-                let node = simd.child(node, x, simd.upper(tree, node));
-                let node = simd.child(node, x, simd.lower(tree, node));
-                *packed = simd.pack(node, &book.order);
+                *packed = simd.encode(search, simd.mul(simd.load(x), factor));
             }
             if !rest.is_empty() {
                 encode4(book, divisor, rest, packed_rest);
@@ -179,10 +190,7 @@ pub fn quantize8<S: Simd, T: Lanes>(
         let (codes, codes_rest) = codes.as_chunks_mut::<GROUP>();
         for (x, codes) in groups.iter().zip(codes) {
             let x = simd.mul(simd.load(x), factor);
-            let node = simd.child(simd.splat_int(1), x, root);
-            let node = simd.child(node, x, simd.upper(tree, node));
-            let node = simd.child(node, x, simd.upper(tree, node));
-            let node = simd.child(node, x, simd.lower(tree, node));
+            let node = first_four(simd, tree, root, x);
             *codes = simd.bytes(simd.last_four(&book.tree, node, x));
             if !sorted {
                 for code in codes {
@@ -290,8 +298,39 @@ pub fn dequantize_row<S: Simd, T: Lanes>(simd: S, codes: &[i8], absmax: f32, out
     }
 }
 
+/// [`crate::quant::stats::compare`]
+#[inline(always)]
+pub fn compare<S: Simd, T: Lanes>(
+    simd: S,
+    x: &[T],
+    decoded: &[f32],
+    block: usize,
+    scales: &[f32],
+    total: &mut Stats,
+) {
+    let mut wide = vec![0f32; block.min(x.len())];
+    for ((x, decoded), scale) in x.chunks(block).zip(decoded.chunks(block)).zip(scales) {
+        let wide = &mut wide[..x.len()];
+        let (groups, rest) = x.as_chunks::<GROUP>();
+        let (to, to_rest) = wide.as_chunks_mut::<GROUP>();
+        for (x, to) in groups.iter().zip(to) {
+            simd.store(simd.load(x), to);
+        }
+        widen(rest, to_rest);
+        // The definition, compiled for this instruction set.
+        total.add(wide, decoded, *scale);
+    }
+}
+
 // The definition for what is not a whole group, as functions of their own: inlined, they would
 // outweigh the kernels.
+
+#[inline(never)]
+fn widen<T: Lanes>(x: &[T], wide: &mut [f32]) {
+    for (wide, x) in wide.iter_mut().zip(x) {
+        *wide = x.to_f32();
+    }
+}
 
 #[inline(never)]
 fn larger<T: Lanes>(largest: f32, x: &[T]) -> f32 {
@@ -304,7 +343,7 @@ fn encode4<T: Lanes>(book: &Codebook<16>, divisor: Divisor, x: &[T], packed: &mu
 }
 
 #[inline(never)]
-fn encode8<T: Lanes>(book: &Codebook<256>, divisor: Divisor, x: &[T], codes: &mut [u8]) {
+pub fn encode8<T: Lanes>(book: &Codebook<256>, divisor: Divisor, x: &[T], codes: &mut [u8]) {
     blockwise::encode8(book, divisor, x, codes);
 }
 
@@ -361,6 +400,7 @@ macro_rules! entry_points {
             fn dequantize8(values: &[f32; 256], blocksize: usize, codes: &[u8], scales: &[f32], out: &mut [T]);
             fn quantize_row(x: &[T], codes: &mut [i8]) -> f32;
             fn dequantize_row(codes: &[i8], absmax: f32, out: &mut [T]);
+            fn compare(x: &[T], decoded: &[f32], block: usize, scales: &[f32], total: &mut Stats);
         });
     };
 }
