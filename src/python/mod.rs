@@ -22,8 +22,8 @@ mod _core {
     use super::convert::{Rules, dequantize_checkpoint, quantization_config, quantize_checkpoint};
     #[pymodule_export]
     use super::ops::{
-        cpu, default_threads, dequantize, dequantize_rows, error_stats, formats, layout,
-        pack_codes, quantize, quantize_activations, unpack_codes,
+        cpu, cpu_features, default_threads, dequantize, dequantize_rows, error_stats, formats,
+        layout, pack_codes, quantize, quantize_activations, unpack_codes,
     };
     #[pymodule_export]
     use super::quant_state::{parse_quant_state, quant_state_key, render_quant_state};

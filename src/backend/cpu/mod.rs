@@ -8,12 +8,14 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod decode;
+mod features;
 pub mod kernels;
 mod quantize;
 #[cfg(target_arch = "x86_64")]
 mod simd;
 pub mod threads;
 
+pub use features::features;
 pub use kernels::{Isa, Kernels, Lanes};
 pub use quantize::{Found, Quantizer};
 
