@@ -11,7 +11,7 @@ Array = np.ndarray[Any, Any]
 
 
 def symmetric4(weight: torch.Tensor, group: int) -> tuple[Array, Array]:
-    """Codes 0 to 15 with zero point 8, uint8 [N, K / group, group]; float32 scales [N, K / group]."""
+    """Codes 0 to 15 (zero point 8), uint8 [N, K / group, group]; float32 scales [N, K / group]."""
     rows, columns = weight.shape
     groups = weight.numpy().reshape(rows, columns // group, group)
     at = np.abs(groups).argmax(-1)[..., None]

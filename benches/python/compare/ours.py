@@ -23,9 +23,7 @@ def takes(function: Callable[..., Any], argument: str) -> bool:
 def copied(q: nb.QTensor, count: int | None = None) -> list[nb.QTensor]:
     """Copies of a quantized tensor, together larger than a cache."""
     count = count or copies_of(nbytes(q))
-    fresh = [
-        replace(q, packed=q.packed.clone(), absmax=q.absmax.clone()) for _ in range(count - 1)
-    ]
+    fresh = [replace(q, packed=q.packed.clone(), absmax=q.absmax.clone()) for _ in range(count - 1)]
     return [q, *fresh]
 
 

@@ -18,6 +18,9 @@ from compare.weights import F32, Unavailable, Weight, copies_of
 _F32 = 0
 _TYPES = {"q4_0": 2, "iq4_nl": 20, "q4_K": 12, "q8_0": 8}
 
+#: Their encoders search for long: a part of the weight is quantized and repeated.
+_SLOW = ("q4_K", "iq4_nl")
+
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_alloc_ctx_tensors": (c_void_p, [c_void_p, c_void_p]),
     "ggml_backend_alloc_ctx_tensors_from_buft": (c_void_p, [c_void_p, c_void_p]),
@@ -33,6 +36,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_tensor_set": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),
     "ggml_build_forward_expand": (None, [c_void_p, c_void_p]),
     "ggml_cpu_has_avx512": (c_int, []),
+    "ggml_log_set": (None, [c_void_p, c_void_p]),
     "ggml_mul_mat": (c_void_p, [c_void_p, c_void_p, c_void_p]),
     "ggml_new_graph": (c_void_p, [c_void_p]),
     "ggml_new_tensor_2d": (c_void_p, [c_void_p, c_int, c_int64, c_int64]),
@@ -47,7 +51,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 class _InitParams(ctypes.Structure):
     """`struct ggml_init_params`."""
 
-    _fields_ = [("size", c_size_t), ("buffer", c_void_p), ("no_alloc", c_bool)]  # noqa: RUF012
+    _fields_ = [("size", c_size_t), ("buffer", c_void_p), ("no_alloc", c_bool)]
 
 
 class Ggml:
@@ -63,6 +67,8 @@ class Ggml:
                 raise Unavailable(f"ggml: {self.package} does not export {name}")
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
+        self._silence = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)(lambda *_: None)
+        self.ggml_log_set(self._silence, None)
         self.backend = self.ggml_backend_cpu_init()
         self.ggml_backend_cpu_set_n_threads(self.backend, torch.get_num_threads())
         self.kernels = "AVX-512" if self.ggml_cpu_has_avx512() else "no AVX-512"
@@ -119,6 +125,7 @@ def weights(dense: torch.Tensor, types: tuple[str, ...] = tuple(_TYPES)) -> Iter
             copies=count,
             bind=_binder(ggml, tensors, rows),
             activations="int8",
+            repeated=name in _SLOW,
         )
 
 
@@ -129,7 +136,7 @@ def quantized(ggml: Ggml, dense: torch.Tensor, name: str) -> Any:
     packed = np.empty(size, np.uint8)
     source = dense.numpy()
     to = packed.ctypes.data
-    if name in ("q4_K", "iq4_nl"):  # slow searches: one part, repeated
+    if name in _SLOW:
         part = max(1, rows // 16)
         few = ggml.ggml_quantize_chunk(_TYPES[name], source.ctypes.data, to, 0, part, columns, None)
         packed[few:] = np.resize(packed[:few], size - few)

@@ -1,4 +1,4 @@
-"""Times contenders against each other: in turns, so that all see the machine at its best and worst."""
+"""Times contenders in turns, so that all of them see the machine at its best and its worst."""
 
 from __future__ import annotations
 

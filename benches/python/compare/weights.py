@@ -32,6 +32,7 @@ class Weight:
         per_call: Products that one such call computes.
         activations: What the library makes of the activations, where it is not their dtype.
         limit: Largest M that is worth measuring.
+        repeated: Whether its bytes repeat a part of the weight, so that products differ.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Weight:
     per_call: int = 1
     activations: str = ""
     limit: int = 1 << 30
+    repeated: bool = False
 
 
 def copies_of(nbytes: int) -> int:
