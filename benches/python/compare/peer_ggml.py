@@ -21,6 +21,9 @@ _TYPES = {"q4_0": 2, "iq4_nl": 20, "q4_K": 12, "q8_0": 8}
 #: Their encoders search for long: a part of the weight is quantized and repeated.
 _SLOW = ("q4_K", "iq4_nl")
 
+#: Bytes for descriptions: a graph takes about 80 KiB, and each copy of a weight has one.
+_CONTEXT = 32 << 20
+
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_alloc_ctx_tensors": (c_void_p, [c_void_p, c_void_p]),
     "ggml_backend_alloc_ctx_tensors_from_buft": (c_void_p, [c_void_p, c_void_p]),
@@ -78,7 +81,7 @@ class Ggml:
 
     def context(self) -> int:
         """A context for descriptions of tensors, without their memory."""
-        made: int = self.ggml_init(_InitParams(1 << 20, None, True))
+        made: int = self.ggml_init(_InitParams(_CONTEXT, None, True))
         return made
 
     def repacking(self) -> int | None:
