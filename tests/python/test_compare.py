@@ -50,6 +50,11 @@ def test_a_share_of_the_read_bandwidth_is_bytes_by_time_by_bandwidth() -> None:
     assert row.verdict == "missed"
 
 
+def test_more_than_the_memory_gives_is_not_believed() -> None:
+    row = row_of(rows([Cell(**CELL | {"seconds": 0.5e-3})]), "M=1, nf4, bf16, 2 threads")
+    assert row.verdict.startswith("unsure")
+
+
 def test_the_worst_shape_decides() -> None:
     fast = Cell(**CELL | {"seconds": 0.8e-3})
     slow = Cell(**CELL | {"shape": "4096x14336"})

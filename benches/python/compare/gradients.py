@@ -27,6 +27,7 @@ def gradients(run: Run) -> None:
     except Unavailable as reason:
         run.notes.append(str(reason))
         peers = []
+    run.notes.append("gradients: times only; whether a weight is materialised is not measured")
     for m in (1, 16, 512):
         entries = []
         for dtype in (BF16, F32):
