@@ -33,7 +33,7 @@ class Row:
         """By the worst of the values."""
         if not self.values:
             return self.note or "not measured"
-        if self.unit.endswith("r") and max(self.values.values()) > IMPOSSIBLE or self.doubt:
+        if (self.unit.endswith("r") and max(self.values.values()) > IMPOSSIBLE) or self.doubt:
             return "unsure: above what the memory gives"
         worst = min(self.values.values()) if self.at_least else max(self.values.values())
         short_of = worst < self.bound if self.at_least else worst > self.bound
