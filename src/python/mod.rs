@@ -23,8 +23,8 @@ mod _core {
     use super::convert::{Rules, dequantize_checkpoint, quantization_config, quantize_checkpoint};
     #[pymodule_export]
     use super::ops::{
-        cpu, default_threads, dequantize, dequantize_rows, error_stats, formats, layout,
-        pack_codes, prefer_huge_pages, quantize, quantize_activations, unpack_codes,
+        cpu, cpu_features, default_threads, dequantize, dequantize_rows, error_stats, formats,
+        layout, pack_codes, prefer_huge_pages, quantize, quantize_activations, unpack_codes,
     };
     #[pymodule_export]
     use super::products::Prepared;

@@ -4,7 +4,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use super::memory::Memory;
-use crate::backend::cpu::{Cpu, Isa, Quantizer, stream, threads};
+use crate::backend::cpu::{Cpu, Isa, Quantizer, features, stream, threads};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::format::{Decode, Format, Scale};
@@ -254,6 +254,12 @@ pub fn unpack_codes(packed: Memory, order: &str, codes: Memory) -> PyResult<()> 
 #[pyfunction]
 pub fn cpu() -> PyResult<(&'static str, Vec<&'static str>)> {
     Ok((Isa::chosen()?.name(), Isa::available().into_iter().map(Isa::name).collect()))
+}
+
+/// The extensions of this processor that matter to kernels.
+#[pyfunction]
+pub fn cpu_features() -> Vec<&'static str> {
+    features()
 }
 
 /// The number of threads that large tensors are split over.

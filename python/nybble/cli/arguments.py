@@ -31,6 +31,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     _dequantize(verbs)
     _inspect(verbs)
     _demo(verbs)
+    _doctor(verbs)
     return parser.parse_args(arguments)
 
 
@@ -131,6 +132,15 @@ def _demo(verbs: _Verbs) -> None:
     )
     verb.add_argument("--model", metavar="DIR", help="a 16-bit checkpoint to use instead")
     verb.add_argument("--keep", metavar="DIR", help="keep the checkpoints that are made here")
+
+
+def _doctor(verbs: _Verbs) -> None:
+    _verb(
+        verbs,
+        "doctor",
+        "show versions, processor, kernels and threads, and what is wrong with them",
+        "nybble.cli.doctor:doctor",
+    )
 
 
 def _paths(verb: argparse.ArgumentParser) -> None:

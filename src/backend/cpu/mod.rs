@@ -8,6 +8,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod decode;
+mod features;
 pub mod kernels;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -20,6 +21,7 @@ pub mod threads;
 #[cfg(target_arch = "x86_64")]
 mod vbmi;
 
+pub use features::features;
 pub use kernels::{Isa, Kernels, Lanes};
 pub use quantize::{Found, Quantizer};
 
