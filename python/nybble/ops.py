@@ -370,34 +370,20 @@ def _embedding_fake(
 # --- LLM.int8() -----------------------------------------------------------------------------
 
 
-def _int8_product(codes: Tensor, weight: Tensor) -> Tensor:
-    """Multiply codes by weight.T in int32, exact for any length below 2^31 / 127^2."""
-    rows, columns = codes.shape
-    if rows > 16 and columns % 8 == 0 and weight.shape[0] % 8 == 0:
-        return torch._int_mm(codes, weight.T)
-    return codes.to(torch.int32) @ weight.to(torch.int32).T
-
-
 @torch.library.impl("nybble::int8_linear", "cpu")
 def _int8_linear_cpu(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
 ) -> Tensor:
     _check_product(x, packed.shape)
-    in_features = packed.shape[1]
-    flat = x.reshape(-1, in_features).contiguous()
-    codes = flat.new_empty(flat.shape, dtype=torch.int8)
-    scale = flat.new_empty(flat.shape[0], dtype=torch.float32)
-    outliers = _core.quantize_activations(
-        memory(flat), in_features, threshold, memory(codes), memory(scale)
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], packed.shape[0])
+    parts = weight(packed.contiguous(), absmax, None, None, "int8", 0, packed.shape)
+    bias = None if bias is None else bias.contiguous()
+    threads = torch.get_num_threads()
+    _core.int8_linear(
+        memory(x), parts, optional_memory(bias), threshold, memory(out), threads
     )
-    product = _int8_product(codes, packed).float()
-    out = product * (scale[:, None] * absmax) * (1 / 127**2)
-    if outliers:
-        weight = packed[:, outliers].float() * absmax[:, None] * (1 / 127)
-        out += _dense(flat[:, outliers].float(), weight, None)
-    if bias is not None:
-        out += bias.float()
-    return _folded(out.to(x.dtype), x)
+    return out
 
 
 torch.library.impl("nybble::int8_linear", "CompositeExplicitAutograd")(reference.int8_linear)

@@ -72,7 +72,12 @@ pub fn layout(
 pub struct Weight(String, Vec<usize>, usize, Memory, Memory, Option<Memory>, Option<Memory>);
 
 impl Weight {
-    fn checked(&self) -> Result<QTensor<'static>> {
+    /// The length of its rows.
+    pub(super) fn columns(&self) -> usize {
+        self.1.last().copied().unwrap_or(1)
+    }
+
+    pub(super) fn checked(&self) -> Result<QTensor<'static>> {
         let Weight(format, shape, blocksize, packed, absmax, nested_absmax, nested_offset) = self;
         let format = Format::parse_quantized(format)?;
         let nested = nested_absmax.is_some();
@@ -242,7 +247,7 @@ pub fn default_threads() -> usize {
     threads::default_threads()
 }
 
-fn float(memory: Memory) -> Result<Dtype> {
+pub(super) fn float(memory: Memory) -> Result<Dtype> {
     Dtype::ALL.into_iter().find(|dtype| dtype.name() == memory.dtype()).ok_or_else(|| {
         Error::Dtype {
             what: "values",

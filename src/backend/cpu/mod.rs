@@ -8,6 +8,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod decode;
+pub mod integer;
 pub mod kernels;
 mod quantize;
 #[cfg(target_arch = "x86_64")]

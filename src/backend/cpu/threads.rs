@@ -43,7 +43,7 @@ pub fn spread<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
     }
 }
 
-fn pool(threads: usize) -> Option<Arc<ThreadPool>> {
+pub(super) fn pool(threads: usize) -> Option<Arc<ThreadPool>> {
     let process = std::process::id();
     let mut slot = POOL.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(made) = slot.as_ref()
