@@ -154,8 +154,7 @@ fn every_instruction_set_multiplies_like_the_definition() {
         for blocksize in [sizes[0], sizes[sizes.len() / 2], sizes[sizes.len() - 1]] {
             for nested in [false, format.spec().nestable] {
                 for shape in [[1, 3, 4096], [5, 33, 4096], [8, 70, 8192]] {
-                    let stored =
-                        Stored::new(format, [shape[1], shape[2]], Some(blocksize), nested);
+                    let stored = Stored::new(format, [shape[1], shape[2]], Some(blocksize), nested);
                     check::<f32>(&stored, shape, true);
                 }
             }

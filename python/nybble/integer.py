@@ -76,14 +76,15 @@ def _values(format: str, device: torch.device) -> Tensor:
 def _rounded(x: Tensor) -> Tensor:
     """Activations that were signed bytes with one scale a group, as float32."""
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % GROUP))
-    groups = padded.unflatten(-1, (-1, GROUP))
+    groups = padded.reshape(*x.shape[:-1], -1, GROUP)
     scale = groups.abs().amax(dim=-1, keepdim=True)
     # Not `127 / scale`: torch takes that for 127 times the reciprocal, which rounds twice.
     factor = torch.where(scale > 0, torch.full_like(scale, 127) / scale, torch.zeros_like(scale))
     codes = torch.round(groups * factor)
     # 0 times what is not finite makes the whole group NaN.
     decoded = codes * (scale * reference._INVERSE_QMAX) + 0 * scale
-    return decoded.flatten(-2)[..., : x.shape[-1]]
+    rounded: Tensor = decoded.flatten(-2)[..., : x.shape[-1]]
+    return rounded
 
 
 def definition(

@@ -380,9 +380,7 @@ def _int8_linear_cpu(
     parts = weight(packed.contiguous(), absmax, None, None, "int8", 0, packed.shape)
     bias = None if bias is None else bias.contiguous()
     threads = torch.get_num_threads()
-    _core.int8_linear(
-        memory(x), parts, optional_memory(bias), threshold, memory(out), threads
-    )
+    _core.int8_linear(memory(x), parts, optional_memory(bias), threshold, memory(out), threads)
     return out
 
 

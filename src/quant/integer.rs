@@ -73,7 +73,9 @@ impl Integers {
         static TABLES: [OnceLock<Integers>; Format::ALL.len()] =
             [const { OnceLock::new() }; Format::ALL.len()];
         match (format.spec().decode, TABLES.get(format as usize)) {
-            (Decode::Codebook4(book), Some(slot)) => Ok(slot.get_or_init(|| Self::new(&book.values))),
+            (Decode::Codebook4(book), Some(slot)) => {
+                Ok(slot.get_or_init(|| Self::new(&book.values)))
+            }
             _ => Err(Error::Unsupported {
                 format: format.spec().name,
                 what: "integer codes to compute with",
@@ -84,7 +86,8 @@ impl Integers {
 
     /// The largest difference between a value and its integer times the step.
     pub fn error(&self, table: &[f32; 16]) -> f32 {
-        let difference = |(value, integer): (&f32, i8)| (value - f32::from(integer) * self.step).abs();
+        let difference =
+            |(value, integer): (&f32, i8)| (value - f32::from(integer) * self.step).abs();
         table.iter().zip(self.values).map(difference).fold(0.0, f32::max)
     }
 }

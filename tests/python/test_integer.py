@@ -29,7 +29,8 @@ def test_the_kernel_is_close_to_the_definition(
     bias = torch.randn(70)
     got = nb.linear(x, q, bias, compute="int8")
     expected = integer.definition(x.float(), *q.parts, bias, *q.how)
-    assert got.dtype == dtype and got.shape == (2, tokens, 70)
+    assert got.dtype == dtype
+    assert got.shape == (2, tokens, 70)
     # Both sum float32 terms in some order, then round to the dtype.
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.05}[dtype]
     assert (got.float() - expected).abs().max() <= tolerance
@@ -59,7 +60,8 @@ def test_gradients_are_those_of_the_exact_product(format: str) -> None:
     bias = torch.randn(70, requires_grad=True)
     grad = torch.randn(3, 70)
     nb.linear(x, q, bias, compute="int8").backward(grad)
-    assert x.grad is not None and bias.grad is not None
+    assert x.grad is not None
+    assert bias.grad is not None
     torch.testing.assert_close(x.grad, grad @ q.dequantize(torch.float32).T.T)
     torch.testing.assert_close(bias.grad, grad.sum(0))
 
@@ -82,8 +84,10 @@ def test_a_compiled_layer_computes_the_same() -> None:
 
 def test_layers_take_and_show_it() -> None:
     layer = Linear4bit(384, 70, compute="int8")
-    assert layer.compute == "int8" and "compute=int8" in repr(layer)
-    assert Linear4bit(384, 70).compute is None and "compute=" not in repr(Linear4bit(384, 70))
+    assert layer.compute == "int8"
+    assert "compute=int8" in repr(layer)
+    assert Linear4bit(384, 70).compute is None
+    assert "compute=" not in repr(Linear4bit(384, 70))
     dense = nn.Linear(384, 70)
     layer = Linear8bit.from_linear(dense, "int8", compute="int8")
     x = torch.randn(3, 384)
@@ -114,7 +118,8 @@ def test_a_token_that_is_not_finite_is_nan() -> None:
     x = torch.randn(3, 384)
     x[1, 5] = torch.inf
     out = nb.linear(x, _weight("nf4"), compute="int8")
-    assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all()
 
 
 def test_odd_shapes_take_the_general_path() -> None:

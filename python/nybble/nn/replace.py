@@ -184,9 +184,7 @@ def _experts(path: str, module: nn.Module, plan: Experts) -> tuple[QuantizedExpe
         if choice is None:
             return dense_projection(weight, bias)
         try:
-            return quantized_projection(
-                weight, bias, **choice.options(), compute=choice.computable
-            )
+            return quantized_projection(weight, bias, **choice.options(), compute=choice.computable)
         except Error as error:
             raise type(error)(f"{path}.{name}.weight: {error}") from error
 

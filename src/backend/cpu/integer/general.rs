@@ -24,11 +24,17 @@ pub fn four<T: Element>(threads: usize, job: &Four<'_>, out: &mut [T]) {
     let blocksize = job.q.layout().blocksize;
     each_row(threads, job.bias.len(), out, |n, out| {
         let mut row = Row::default();
-        row.decode(job.integers, job.q.packed(), (n * job.columns, job.columns), blocksize, |block| {
-            let mut scale = [0.0];
-            job.q.scales().decode(block, &mut scale);
-            scale[0]
-        });
+        row.decode(
+            job.integers,
+            job.q.packed(),
+            (n * job.columns, job.columns),
+            blocksize,
+            |block| {
+                let mut scale = [0.0];
+                job.q.scales().decode(block, &mut scale);
+                scale[0]
+            },
+        );
         for token in 0..job.x.tokens {
             let scales = &job.x.scales[token * job.x.groups..(token + 1) * job.x.groups];
             out(token, row.dot(job.x.row(token), scales) + job.bias[n]);

@@ -42,7 +42,7 @@ impl Arranged {
         starts: impl Fn(&[i8], &mut [i32]) + Sync,
     ) -> Self {
         let tokens = x.len() / columns;
-        let (stride, groups) = (columns.next_multiple_of(span), columns.div_ceil(GROUP));
+        let (stride, groups) = (stride(columns, span), columns.div_ceil(GROUP));
         let mut arranged = Self {
             tokens,
             stride,
@@ -80,6 +80,14 @@ impl Arranged {
         });
         arranged
     }
+}
+
+/// The distance of rows: whole cache lines and an odd number of them, so that the same columns of
+/// many rows spread over all sets of a cache.
+pub fn stride(columns: usize, multiple: usize) -> usize {
+    const LINE: usize = 64;
+    let lines = columns.next_multiple_of(multiple).div_ceil(LINE);
+    (lines | 1) * LINE
 }
 
 /// Even positions first.

@@ -120,7 +120,7 @@ impl Integer {
         }
         let integers = Integers::of(layout.format)?;
         let columns = product.columns;
-        let (tokens, rows) = self.shape(q, x.len(), columns, out.len())?;
+        let (tokens, rows) = shape(q, x.len(), columns, out.len())?;
         let bias = padded(product.bias, rows)?;
         if tokens == 0 || rows == 0 {
             return Ok(());
@@ -141,13 +141,20 @@ impl Integer {
                     let starts =
                         if few { vectors * <$D as dot::Dot>::LANES } else { columns / unit };
                     let x = (x, columns);
-                    Arranged::quantize(&kernels, self.cpu.threads, x, span, starts, |codes, starts| {
-                        if few {
-                            job::lane_starts::<$D>(codes, starts);
-                        } else {
-                            job::unit_starts::<$D>(unit, codes, starts);
-                        }
-                    })
+                    Arranged::quantize(
+                        &kernels,
+                        self.cpu.threads,
+                        x,
+                        span,
+                        starts,
+                        |codes, starts| {
+                            if few {
+                                job::lane_starts::<$D>(codes, starts);
+                            } else {
+                                job::unit_starts::<$D>(unit, codes, starts);
+                            }
+                        },
+                    )
                 }};
             }
             let arranged = match self.unit {
@@ -188,7 +195,7 @@ impl Integer {
             });
         };
         let columns = product.columns;
-        let (tokens, rows) = self.shape(q, x.len(), columns, out.len())?;
+        let (tokens, rows) = shape(q, x.len(), columns, out.len())?;
         let bias = padded(product.bias, rows)?;
         if tokens == 0 || rows == 0 {
             return Ok(());
@@ -205,10 +212,15 @@ impl Integer {
             .flat_map(|row| outliers.iter().map(|column| row[*column].to_f32()))
             .collect();
         let (lanes, bias_of_weights) = self.lanes();
-        let stride = columns.next_multiple_of(4 * lanes);
+        let stride = if tokens > rows::TOKENS {
+            job::stride(columns, 4 * lanes)
+        } else {
+            columns.next_multiple_of(4 * lanes)
+        };
         if stride != columns {
             let mut longer = vec![0i8; tokens * stride];
-            for (longer, codes) in longer.chunks_exact_mut(stride).zip(codes.chunks_exact(columns)) {
+            for (longer, codes) in longer.chunks_exact_mut(stride).zip(codes.chunks_exact(columns))
+            {
                 longer[..columns].copy_from_slice(codes);
             }
             codes = longer;
@@ -236,30 +248,6 @@ impl Integer {
             #[cfg(target_arch = "x86_64")]
             Unit::Vnni(_) => of_dot::<avx512::Vnni>(),
         }
-    }
-
-    /// (rows of x, rows of the weight), from lengths that fit together.
-    fn shape(
-        &self,
-        q: &QTensor<'_>,
-        x: usize,
-        columns: usize,
-        out: usize,
-    ) -> Result<(usize, usize)> {
-        let layout = q.layout();
-        let rows = match (layout.elements.checked_div(columns), layout.format.spec().decode) {
-            (Some(rows), _) => rows,
-            (None, Decode::Int8) => layout.scales,
-            (None, _) => 0,
-        };
-        check_len("weight", layout.elements, rows * columns)?;
-        let tokens = match x.checked_div(columns) {
-            Some(tokens) => tokens,
-            None => out.checked_div(rows).unwrap_or(0),
-        };
-        check_len("activations", tokens * columns, x)?;
-        check_len("output", tokens.saturating_mul(rows), out)?;
-        Ok((tokens, rows))
     }
 
     fn four<T: Lanes>(&self, job: &Four<'_>, out: &mut [T]) {
@@ -346,6 +334,24 @@ impl Integer {
             });
         }
     }
+}
+
+/// (rows of x, rows of the weight), from lengths that fit together.
+fn shape(q: &QTensor<'_>, x: usize, columns: usize, out: usize) -> Result<(usize, usize)> {
+    let layout = q.layout();
+    let rows = match (layout.elements.checked_div(columns), layout.format.spec().decode) {
+        (Some(rows), _) => rows,
+        (None, Decode::Int8) => layout.scales,
+        (None, _) => 0,
+    };
+    check_len("weight", layout.elements, rows * columns)?;
+    let tokens = match x.checked_div(columns) {
+        Some(tokens) => tokens,
+        None => out.checked_div(rows).unwrap_or(0),
+    };
+    check_len("activations", tokens * columns, x)?;
+    check_len("output", tokens.saturating_mul(rows), out)?;
+    Ok((tokens, rows))
 }
 
 /// Bytes of a weight, or outputs, below which a product stays on one thread.

@@ -13,6 +13,10 @@ const DEPTH: usize = 1024;
 /// Rows of activations that one call takes; what they need of the cache at a depth is half of it.
 pub const TOKENS: usize = 512;
 
+/// How far ahead of a row's bytes the next ones are asked for: rows are read in short pieces, which
+/// the processor does not foresee.
+const AHEAD: usize = DEPTH / 2;
+
 /// The most rows of a panel.
 const ROWS: usize = 32;
 
@@ -24,6 +28,7 @@ fn transposed<'a, D: Dot>(d: D, first: usize, row: impl Fn(usize) -> &'a [u8]) -
     let mut vectors = [d.splat_int(0); 16];
     for (r, vector) in vectors.iter_mut().enumerate().take(D::LANES) {
         let row = row(r);
+        d.prefetch(row.as_ptr().wrapping_add(first + AHEAD));
         if let Some(bytes) = row.get(first..first + bytes) {
             // SAFETY: the slice is one vector long.
             *vector = unsafe { d.load(bytes.as_ptr()) };
@@ -75,18 +80,16 @@ fn decode_four<D: Dot>(
     let mut decoded = [0.0; DEPTH / 32];
     let blocks = columns.start / blocksize..columns.end.div_ceil(blocksize);
     let units = columns.len() / unit;
-    for r in 0..rows {
-        if row + r >= n {
-            for unit in 0..units {
-                scales[unit * rows + r] = 0.0;
-            }
-            continue;
-        }
+    // Units of one block, or the blocks of one unit: as long as each other or many to one.
+    let shift = (blocksize / unit).ilog2();
+    let within = columns.start / unit - (blocks.start << shift);
+    let scales = &mut scales[..units * rows];
+    scales.fill(0.0);
+    for r in 0..rows.min(n - row) {
         let first = (row + r) * (job.columns / blocksize) + blocks.start;
         let of_row = job.scales(first, blocks.len(), &mut decoded);
-        for u in 0..units {
-            let block = (columns.start + u * unit) / blocksize - blocks.start;
-            scales[u * rows + r] = of_row[block] * job.integers.step;
+        for (u, scales) in scales.chunks_exact_mut(rows).enumerate() {
+            scales[r] = of_row[(within + u) >> shift] * job.integers.step;
         }
     }
 }
@@ -177,13 +180,7 @@ macro_rules! tiles {
 
 /// Multiplies panel number `panel` of a four-bit weight by the tokens from `first` on.
 #[inline(always)]
-pub fn four<D: Dot, T: Lanes>(
-    d: D,
-    job: &Four<'_>,
-    panel: usize,
-    first: usize,
-    out: &Out<'_, T>,
-) {
+pub fn four<D: Dot, T: Lanes>(d: D, job: &Four<'_>, panel: usize, first: usize, out: &Out<'_, T>) {
     let rows = 2 * D::LANES;
     let tokens = TOKENS.min(job.x.tokens - first);
     let mut integers = vec![0u8; rows * DEPTH.min(job.columns).next_multiple_of(8 * D::LANES)];
@@ -350,10 +347,8 @@ fn outputs<D: Dot>(d: D, job: &Eight<'_>, row: usize, first: usize, sums: &[i32]
         for half in [0, D::LANES] {
             // SAFETY: `sums`, `out` and each row of `weights` are `rows` long, `absmax` at least.
             unsafe {
-                let scale = d.mul(
-                    d.splat(job.x.scales[token]),
-                    d.floats(absmax.as_ptr().add(half)),
-                );
+                let scale =
+                    d.mul(d.splat(job.x.scales[token]), d.floats(absmax.as_ptr().add(half)));
                 let sum = d.to_floats(d.load(sums.as_ptr().add(half).cast()));
                 let y = d.mul(d.mul(sum, scale), d.splat(INVERSE_SQUARE));
                 let mut apart = d.splat(0.0);

@@ -59,7 +59,7 @@ pub fn four<D: Dot, T: Lanes, const M: usize>(
                     }
                 }
                 let [high, low] = d.lookup(table, codes);
-                for m in 0..M {
+                for (m, part) in part.iter_mut().enumerate() {
                     // SAFETY: a row of `x` is `vectors` spans long, and has `LANES` starts each.
                     let (start, even, odd) = unsafe {
                         let starts = x.starts.as_ptr().add((m * vectors + v) * D::LANES);
@@ -71,7 +71,7 @@ pub fn four<D: Dot, T: Lanes, const M: usize>(
                         )
                     };
                     let sum = d.dot(d.dot(start, high, even), low, odd);
-                    part[m] = d.fma(d.to_floats(sum), scale, part[m]);
+                    *part = d.fma(d.to_floats(sum), scale, *part);
                 }
             }
             for m in 0..M {
@@ -120,11 +120,8 @@ pub fn eight<D: Dot, T: Lanes, const M: usize>(
             add(whole, end.as_ptr());
         }
         for (m, sum) in sums.into_iter().enumerate() {
-            let mut y = scaled(
-                d.sum_ints(sum).wrapping_add(x.starts[m]),
-                x.scales[m],
-                job.absmax[row],
-            );
+            let mut y =
+                scaled(d.sum_ints(sum).wrapping_add(x.starts[m]), x.scales[m], job.absmax[row]);
             if !job.outliers.is_empty() {
                 let columns = job.outliers.len();
                 let outlying = &job.outlying[m * columns..(m + 1) * columns];
