@@ -27,6 +27,8 @@ pub fn four<D: Dot, T: Lanes, const M: usize>(
     let blocks = job.columns / blocksize;
     let (whole, vectors) = (job.columns / span, job.columns.div_ceil(span));
     let (count, of_group) = ((span / blocksize).max(1), GROUP / span);
+    // Block sizes are powers of two; a division for each vector would cost as much as its products.
+    let shift = blocksize.ilog2();
     let table = d.table(&job.integers.values);
     let n = job.bias.len();
     let mut decoded = vec![0.0; blocks];
@@ -37,7 +39,7 @@ pub fn four<D: Dot, T: Lanes, const M: usize>(
         for (group, first) in (0..vectors).step_by(of_group).enumerate() {
             let mut part = [d.splat(0.0); M];
             for v in first..(first + of_group).min(vectors) {
-                let at = v * span / blocksize;
+                let at = (v * span) >> shift;
                 let (codes, scale);
                 if v < whole {
                     // SAFETY: vector `v` lies inside the row and its `count` scales in `scales`.
