@@ -102,24 +102,21 @@ pub fn eight<D: Dot, T: Lanes, const M: usize>(
     for row in rows {
         let codes = &job.weight[row * job.columns..(row + 1) * job.columns];
         let mut sums = [d.splat_int(0); M];
-        let mut add = |v: usize, codes: *const i8| {
-            // SAFETY: the caller passes a whole vector; rows of `x` are padded to whole ones.
+        let mut end = [0i8; 64];
+        let rest = &codes[whole * bytes..];
+        end[..rest.len()].copy_from_slice(rest);
+        // One loop and no closure: a function of its own would lack the instructions.
+        for v in 0..job.columns.div_ceil(bytes) {
+            let at = if v < whole { codes[v * bytes..].as_ptr() } else { end.as_ptr() };
+            d.prefetch(at.wrapping_add(AHEAD).cast());
+            // SAFETY: a whole vector or the copy of the last; rows of `x` are padded to whole ones.
             unsafe {
-                let codes = d.biased(d.load(codes.cast()));
+                let codes = d.biased(d.load(at.cast()));
                 for (m, sum) in sums.iter_mut().enumerate() {
                     let x = d.load(x.codes.as_ptr().add(m * x.stride + v * bytes).cast());
                     *sum = d.dot(*sum, codes, x);
                 }
             }
-        };
-        for v in 0..whole {
-            add(v, codes[v * bytes..].as_ptr());
-            d.prefetch(codes.as_ptr().wrapping_add(v * bytes + AHEAD).cast());
-        }
-        if whole * bytes < job.columns {
-            let (mut end, rest) = ([0i8; 64], &codes[whole * bytes..]);
-            end[..rest.len()].copy_from_slice(rest);
-            add(whole, end.as_ptr());
         }
         for (m, sum) in sums.into_iter().enumerate() {
             let mut y =
