@@ -18,6 +18,9 @@ __all__ = [
     "dequantize_rows",
     "error_stats",
     "formats",
+    "int8_linear",
+    "integer_linear",
+    "integers",
     "layout",
     "pack_codes",
     "parse_quant_state",
@@ -77,6 +80,18 @@ def error_stats(x: _Memory, weight: _Weight) -> Figures: ...
 def quantize_activations(
     x: _Memory, columns: int, threshold: float, codes: _Memory, absmax: _Memory
 ) -> list[int]: ...
+def integer_linear(
+    x: _Memory, weight: _Weight, bias: _Memory | None, out: _Memory, threads: int | None = None
+) -> None: ...
+def int8_linear(
+    x: _Memory,
+    weight: _Weight,
+    bias: _Memory | None,
+    threshold: float,
+    out: _Memory,
+    threads: int | None = None,
+) -> None: ...
+def integers(format: str) -> tuple[list[int], float]: ...
 def pack_codes(codes: _Memory, order: str, packed: _Memory) -> None: ...
 def unpack_codes(packed: _Memory, order: str, codes: _Memory) -> None: ...
 def cpu() -> tuple[str, list[str]]: ...

@@ -7,6 +7,7 @@ known shape. Devices other than the CPU run the definition in `reference.py`.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -235,6 +236,20 @@ def _dequantize_out_fake(
 # --- what products share --------------------------------------------------------------------
 
 
+def _threads_asked_for() -> int | None:
+    """`NYBBLE_NUM_THREADS`, if it is a number above 0; the core reads it the same way."""
+    text = os.environ.get("NYBBLE_NUM_THREADS", "")
+    return int(text) if text.isdecimal() and int(text) > 0 else None
+
+
+_THREADS = _threads_asked_for()  # once, like everything that is read from the environment
+
+
+def product_threads() -> int:
+    """Threads of a product: `NYBBLE_NUM_THREADS`, else as many as torch uses at the moment."""
+    return torch.get_num_threads() if _THREADS is None else _THREADS
+
+
 @functools.cache
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a CPU multiplies: float32 where it has no units for a narrower one."""
@@ -249,6 +264,11 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_product(x: Tensor, shape: Sequence[int]) -> None:
+    """Whether `x` [..., in_features] can be multiplied by a weight of this shape.
+
+    Raises:
+        RuntimeError: The weight has no rank of 2, `x` another number of features or no floats.
+    """
     if len(shape) == 2 and x.dim() > 0 and x.shape[-1] == shape[1] and x.is_floating_point():
         return
     torch._check(
@@ -261,26 +281,6 @@ def check_product(x: Tensor, shape: Sequence[int]) -> None:
     torch._check(
         x.is_floating_point(), lambda: f"linear needs floating point activations, got {x.dtype}"
     )
-
-
-def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Torch's linear in the dtype of its arguments, whatever an autocast around the op says."""
-    if torch.is_autocast_enabled("cpu"):
-        with torch.autocast("cpu", enabled=False):
-            return torch.nn.functional.linear(x, weight, bias)
-    return torch.nn.functional.linear(x, weight, bias)
-
-
-def folded(rows: Tensor, x: Tensor) -> Tensor:
-    """The rows of a product in the leading shape of `x`.
-
-    Not a view, as torch's own product is none: autograd refuses to change views that a custom op
-    returns in place, which activations and residual sums do.
-    """
-    if x.dim() == 2:
-        return rows
-    folded: Tensor = torch.ops.aten._unsafe_view.default(rows, [*x.shape[:-1], rows.shape[-1]])
-    return folded
 
 
 _modes = torch._C._len_torch_dispatch_stack
@@ -344,34 +344,18 @@ def _embedding_fake(
 # --- LLM.int8() -----------------------------------------------------------------------------
 
 
-def _int8_product(codes: Tensor, weight: Tensor) -> Tensor:
-    """Multiply codes by weight.T in int32, exact for any length below 2^31 / 127^2."""
-    rows, columns = codes.shape
-    if rows > 16 and columns % 8 == 0 and weight.shape[0] % 8 == 0:
-        return torch._int_mm(codes, weight.T)
-    return codes.to(torch.int32) @ weight.to(torch.int32).T
-
-
 @torch.library.impl("nybble::int8_linear", "cpu")
 def _int8_linear_cpu(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
 ) -> Tensor:
     check_product(x, packed.shape)
-    in_features = packed.shape[1]
-    flat = x.reshape(-1, in_features).contiguous()
-    codes = flat.new_empty(flat.shape, dtype=torch.int8)
-    scale = flat.new_empty(flat.shape[0], dtype=torch.float32)
-    outliers = _core.quantize_activations(
-        memory(flat), in_features, threshold, memory(codes), memory(scale)
-    )
-    product = _int8_product(codes, packed).float()
-    out = product * (scale[:, None] * absmax) * (1 / 127**2)
-    if outliers:
-        weight = packed[:, outliers].float() * absmax[:, None] * (1 / 127)
-        out += dense(flat[:, outliers].float(), weight, None)
-    if bias is not None:
-        out += bias.float()
-    return folded(out.to(x.dtype), x)
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], packed.shape[0])
+    parts = weight(packed.contiguous(), absmax, None, None, "int8", 0, packed.shape)
+    bias = None if bias is None else bias.contiguous()
+    threads = product_threads()
+    _core.int8_linear(memory(x), parts, optional_memory(bias), threshold, memory(out), threads)
+    return out
 
 
 torch.library.impl("nybble::int8_linear", "CompositeExplicitAutograd")(reference.int8_linear)
@@ -396,8 +380,8 @@ def _int8_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     packed, absmax = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        how = ("int8", 0, list(packed.shape), grad.dtype)
-        grad_x = grad @ torch.ops.nybble.dequantize(packed, absmax, None, None, *how)
+        how = ("int8", packed.shape[1], list(packed.shape))
+        grad_x = torch.ops.nybble.linear_backward(grad, packed, absmax, None, None, *how)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
     return grad_x, None, None, grad_bias, None

@@ -6,7 +6,6 @@ activations in types without kernels, use the definition in `reference.py`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,14 +16,6 @@ from nybble import _core, ops, reference
 from nybble._memory import memory, optional_memory
 
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
-
-# Asked for once, like everything that the core reads from the environment.
-_THREADS = int(os.environ["NYBBLE_NUM_THREADS"]) if "NYBBLE_NUM_THREADS" in os.environ else None
-
-
-def threads() -> int:
-    """Threads of a product: `NYBBLE_NUM_THREADS`, else as many as torch uses at the moment."""
-    return torch.get_num_threads() if _THREADS is None else _THREADS
 
 
 def _linear_cpu(
@@ -53,7 +44,7 @@ def _product(prepared: _core.Prepared, x: Tensor, bias: Tensor | None, rows: int
     # Slices of shapes are slow.
     shape = (x.shape[0], rows) if x.dim() == 2 else (*x.shape[:-1], rows)
     out = x.new_empty(shape)
-    prepared.linear(memory(x), optional_memory(bias), memory(out), threads())
+    prepared.linear(memory(x), optional_memory(bias), memory(out), ops.product_threads())
     return out
 
 
@@ -93,7 +84,9 @@ def _backward_cpu(
         return reference.linear_backward(grad, *weight)
     grad = grad.contiguous()
     out = grad.new_empty((*grad.shape[:-1], shape[1]))
-    _core.Prepared(ops.weight(*weight)).linear_backward(memory(grad), memory(out), threads())
+    _core.Prepared(ops.weight(*weight)).linear_backward(
+        memory(grad), memory(out), ops.product_threads()
+    )
     return out
 
 
@@ -140,7 +133,7 @@ _grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 
 
-def _others_have_a_say(x: Tensor, packed: Tensor, bias: Tensor | None) -> bool:
+def others_have_a_say(x: Tensor, packed: Tensor, bias: Tensor | None) -> bool:
     """Whether a gradient is wanted, or a tracer, mode or subclass of torch is to be asked."""
     if _is_compiling():
         return True
@@ -206,7 +199,7 @@ def linear(
     `memo` spares describing the weight again.
     """
     parts = (packed, absmax, nested_absmax, nested_offset)
-    if _others_have_a_say(x, packed, bias):
+    if others_have_a_say(x, packed, bias):
         result: Tensor = torch.ops.nybble.linear(x, *parts, bias, format, blocksize, shape)
         return result
     if memo is None or x.dtype not in _FLOATS:

@@ -7,6 +7,7 @@
 mod checkpoint;
 mod convert;
 mod error;
+mod integer;
 mod memory;
 mod ops;
 mod products;
@@ -21,6 +22,8 @@ mod _core {
     use super::checkpoint::Checkpoint;
     #[pymodule_export]
     use super::convert::{Rules, dequantize_checkpoint, quantization_config, quantize_checkpoint};
+    #[pymodule_export]
+    use super::integer::{int8_linear, integer_linear, integers};
     #[pymodule_export]
     use super::ops::{
         cpu, cpu_features, default_threads, dequantize, dequantize_rows, error_stats, formats,

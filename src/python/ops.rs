@@ -84,6 +84,11 @@ impl Weight {
         (self.3.address(), self.4.address(), nested)
     }
 
+    /// The length of its rows.
+    pub fn columns(&self) -> usize {
+        self.1.last().copied().unwrap_or(1)
+    }
+
     /// The tensor, with all lengths checked.
     pub fn checked(&self) -> Result<QTensor<'static>> {
         let Weight(format, shape, blocksize, packed, absmax, nested_absmax, nested_offset) = self;

@@ -72,7 +72,7 @@ impl Prepared {
     }
 }
 
-fn widened(memory: Memory) -> Result<Vec<f32>> {
+pub(super) fn widened(memory: Memory) -> Result<Vec<f32>> {
     with_element!(float(memory)?, T => {
         Ok(memory.slice::<T>()?.iter().map(|x| x.to_f32()).collect())
     })

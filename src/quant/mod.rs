@@ -1,6 +1,7 @@
 //! The scalar definition of quantization, and what is measured about it.
 
 pub mod blockwise;
+pub mod integer;
 pub mod nested;
 pub mod product;
 pub mod rowwise;

@@ -33,6 +33,7 @@ class Wanted:
         blocksize: Elements that share a scale; None for the default.
         nested: Whether scales are quantized too.
         compute_dtype: Dtype of products.
+        compute: "int8" for products of integers.
         skip: Patterns as nybble reads them.
         their_skip: bitsandbytes' list, read as transformers reads it.
         default_skip: Whether the output head, as transformers chooses it, stays dense.
@@ -48,6 +49,7 @@ class Wanted:
     blocksize: int | None = None
     nested: bool = False
     compute_dtype: torch.dtype | None = None
+    compute: str | None = None
     skip: Sequence[str] = ()
     their_skip: Sequence[str] = ()
     default_skip: bool = True
@@ -72,6 +74,7 @@ def of(config: Any, pre_quantized: bool) -> Wanted:
             blocksize=None if row_wise else config.blocksize,
             nested=config.nested,
             compute_dtype=config.torch_compute_dtype,
+            compute=config.compute,
             skip=config.skip or (),
             default_skip=config.skip is None,
             overrides=config.overrides,
@@ -125,6 +128,7 @@ def apply(wanted: Wanted, model: Any) -> Coverage:
         blocksize=wanted.blocksize,
         nested=wanted.nested,
         compute_dtype=wanted.compute_dtype,
+        compute=wanted.compute,
         skip=[*wanted.skip, *alone],
         overrides=wanted.overrides,
         experts=wanted.experts,

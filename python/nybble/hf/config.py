@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nybble import _core, reference
 from nybble.errors import FormatError
+from nybble.integer import check_compute
 
 METHOD = "nybble"
 SERVED_METHOD = "nybble_bitsandbytes"
@@ -37,6 +38,7 @@ class NybbleConfig(QuantizationConfigMixin):  # type: ignore[misc]
         blocksize: int | None = None,
         nested: bool = False,
         compute_dtype: torch.dtype | str | None = None,
+        compute: str | None = None,
         skip: Sequence[str] | None = None,
         overrides: Mapping[str, str] | None = None,
         experts: bool = True,
@@ -53,6 +55,7 @@ class NybbleConfig(QuantizationConfigMixin):  # type: ignore[misc]
             nested: Quantize the scales too (double quantization).
             compute_dtype: float16, bfloat16 or float32, as torch dtype or name: the dtype of
                 products; None for that of the input.
+            compute: "int8" for products of integers, as in `nybble.linear`; None is exact.
             skip: Patterns of modules to leave alone: plain names, globs, or `re:` and a regular
                 expression. None stands for the output head, as transformers chooses it. Tied
                 weights, and modules that the model wants in float32, are left alone always.
@@ -80,6 +83,7 @@ class NybbleConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.blocksize = blocksize or None  # files write 0 where a format has no blocks
         self.nested = _boolean("nested", nested)
         self.compute_dtype = _compute_dtype(compute_dtype)
+        self.compute = compute
         self.skip = _patterns(skip)
         self.overrides = dict(overrides or {})
         self.experts = _boolean("experts", experts)
@@ -92,6 +96,7 @@ class NybbleConfig(QuantizationConfigMixin):  # type: ignore[misc]
         blocksize = None if reference.is_row_wise(self.format) else self.blocksize
         _core.layout(self.format, [1], blocksize, self.nested)
         _core.Rules(self.skip or [], self.overrides)
+        check_compute(self.compute, self.format)
         if self.reference not in _REFERENCES:
             raise FormatError(f"reference must be one of {_REFERENCES}, got {self.reference!r}")
         if self.threshold is not None and not self.threshold >= 0:
@@ -110,6 +115,7 @@ class NybbleConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "blocksize": self.blocksize,
             "nested": self.nested,
             "compute_dtype": self.compute_dtype,
+            "compute": self.compute,
             "skip": None if self.skip is None else list(self.skip),
             "overrides": dict(self.overrides),
             "experts": self.experts,

@@ -23,6 +23,7 @@ class Choice:
     blocksize: int | None
     nested: bool
     compute_dtype: torch.dtype | None
+    compute: str | None
     reference: str | None
 
     @property
@@ -34,6 +35,12 @@ class Choice:
     def quantizes(self) -> bool:
         """Whether the format is another one than a dense dtype."""
         return reference.spec(self.format)["decode"] != "dense"
+
+    @property
+    def computable(self) -> str | None:
+        """`compute`, where the codes of the format are integers; None elsewhere."""
+        row = reference.spec(self.format)
+        return self.compute if row["bits"] == 4 or row["decode"] == "integer" else None
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of a layer's `from_...` constructor."""
@@ -63,7 +70,9 @@ def replaces(kind: type[nn.Module]) -> Callable[[Replacement], Replacement]:
 
 @replaces(nn.Linear)
 def _linear(module: nn.Linear, choice: Choice) -> QuantizedModule:
-    return linear_class(choice.bits).from_linear(module, **choice.options())
+    return linear_class(choice.bits).from_linear(
+        module, **choice.options(), compute=choice.computable
+    )
 
 
 @replaces(nn.Embedding)

@@ -87,6 +87,7 @@ class QuantizedExperts(nn.Module):
         blocksize: int | None = None,
         nested: bool = False,
         compute_dtype: torch.dtype | None = None,
+        compute: str | None = None,
         reference: str | None = None,
         names: Sequence[str] | None = None,
     ) -> Self:
@@ -101,6 +102,7 @@ class QuantizedExperts(nn.Module):
             blocksize: Elements that share a scale; None for the format's default.
             nested: Quantize the scales too.
             compute_dtype: Dtype of products; None for that of the input.
+            compute: "int8" for products of integers, as `nybble.linear` describes, or None.
             reference: As in `nybble.quantize`.
             names: Names of gate, up and down projection (up and down without a gate); None for
                 `gate_proj`, `up_proj`, `down_proj`.
@@ -124,6 +126,7 @@ class QuantizedExperts(nn.Module):
                 blocksize=blocksize,
                 nested=nested,
                 compute_dtype=compute_dtype,
+                compute=compute,
                 reference=reference,
             )
 
@@ -333,13 +336,14 @@ def quantized_projection(
     blocksize: int | None,
     nested: bool,
     compute_dtype: torch.dtype | None,
+    compute: str | None,
     reference: str | None,
 ) -> QuantizedLinear:
     """A quantized linear layer of one matrix [out, in] and one bias [out] of a fused parameter."""
     q = quantize_weight(weight, format, blocksize=blocksize, nested=nested, reference=reference)
     own = None if bias is None else nn.Parameter(bias.detach().clone())
     cls = linear_class(definition.spec(format)["bits"])
-    return cls.from_qtensor(q, own, compute_dtype=compute_dtype)
+    return cls.from_qtensor(q, own, compute_dtype=compute_dtype, compute=compute)
 
 
 def dense_projection(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from nybble import ops, products
+from nybble import integer, ops, products
 from nybble.errors import FormatError
 from nybble.functional import autocast, quantize
 from nybble.nn.quantized import QuantizedModule, empty_quantized
@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 
 
 class QuantizedLinear(QuantizedModule):
-    """`x @ weight.T + bias` with a quantized weight [out_features, in_features]."""
+    """`x @ weight.T + bias` with a quantized weight [out_features, in_features].
+
+    Attributes:
+        compute: None computes with the decoded weight; "int8" rounds activations to signed bytes
+            and multiplies integers, as `nybble.linear` describes.
+    """
 
     bias: nn.Parameter | None
+    compute: integer.Compute | None = None
 
     def __init__(
         self,
@@ -32,6 +38,7 @@ class QuantizedLinear(QuantizedModule):
         blocksize: int | None = None,
         nested: bool = False,
         compute_dtype: torch.dtype | None = None,
+        compute: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -45,6 +52,7 @@ class QuantizedLinear(QuantizedModule):
             blocksize: Elements that share a scale; None for the format's default.
             nested: Quantize the scales too.
             compute_dtype: Dtype of the product; None for the dtype of the input.
+            compute: "int8" for products of integers, or None.
             dtype: Dtype of the bias, and the one that `dequantize` returns to.
             device: Where the tensors live.
         """
@@ -56,6 +64,7 @@ class QuantizedLinear(QuantizedModule):
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
         self.transposed = False
+        self.compute = integer.check_compute(compute, self.format)
 
     @classmethod
     def from_qtensor(
@@ -64,6 +73,7 @@ class QuantizedLinear(QuantizedModule):
         bias: torch.Tensor | None = None,
         *,
         compute_dtype: torch.dtype | None = None,
+        compute: str | None = None,
     ) -> Self:
         """Wrap a quantized weight of rank 2, sharing its memory."""
         if len(q.shape) != 2:
@@ -74,6 +84,7 @@ class QuantizedLinear(QuantizedModule):
             bias = nn.Parameter(bias)
         module.register_parameter("bias", bias)
         module.transposed = False
+        module.compute = integer.check_compute(compute, q.format)
         return module
 
     @classmethod
@@ -85,6 +96,7 @@ class QuantizedLinear(QuantizedModule):
         blocksize: int | None = None,
         nested: bool = False,
         compute_dtype: torch.dtype | None = None,
+        compute: str | None = None,
         reference: str | None = None,
     ) -> Self:
         """Quantize an `nn.Linear` (or transformers' `Conv1D`, whose weight is transposed).
@@ -102,7 +114,9 @@ class QuantizedLinear(QuantizedModule):
             nested=nested,
             reference=reference,
         )
-        module = cls.from_qtensor(q, getattr(linear, "bias", None), compute_dtype=compute_dtype)
+        module = cls.from_qtensor(
+            q, getattr(linear, "bias", None), compute_dtype=compute_dtype, compute=compute
+        )
         module.transposed = transposed
         module.train(linear.training)
         return module
@@ -128,18 +142,19 @@ class QuantizedLinear(QuantizedModule):
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         # Not through `Module.__getattr__`, which takes longer than a small product.
         parameters, buffers = self._parameters, self._buffers
-        return products.linear(
-            x,
-            parameters["weight"],
-            buffers["absmax"],
-            buffers["nested_absmax"],
-            buffers["nested_offset"],
-            parameters["bias"],
-            self.format,
-            self.blocksize,
-            self.shape,
-            self._memo,
-        )
+        weight, absmax = parameters["weight"], buffers["absmax"]
+        assert weight is not None
+        assert absmax is not None
+        parts = (weight, absmax, buffers["nested_absmax"], buffers["nested_offset"])
+        bias, how = parameters["bias"], (self.format, self.blocksize, self.shape)
+        if self.compute is None:
+            return products.linear(x, *parts, bias, *how, self._memo)
+        return integer.linear(x, *parts, bias, *how)
+
+    def extra_repr(self) -> str:
+        """Describe the weight and the arithmetic in one line."""
+        compute = "" if self.compute is None else f", compute={self.compute}"
+        return super().extra_repr() + compute
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The dense layer: `nn.Linear`, or `Conv1D` if it was made from one."""
@@ -171,6 +186,7 @@ class Linear4bit(QuantizedLinear):
         blocksize: int | None = None,
         nested: bool = False,
         compute_dtype: torch.dtype | None = None,
+        compute: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -183,6 +199,7 @@ class Linear4bit(QuantizedLinear):
             blocksize=blocksize,
             nested=nested,
             compute_dtype=compute_dtype,
+            compute=compute,
             dtype=dtype,
             device=device,
         )
@@ -211,6 +228,7 @@ class Linear8bit(QuantizedLinear):
         blocksize: int | None = None,
         threshold: float | None = None,
         compute_dtype: torch.dtype | None = None,
+        compute: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -222,6 +240,7 @@ class Linear8bit(QuantizedLinear):
             format=format,
             blocksize=blocksize,
             compute_dtype=compute_dtype,
+            compute=compute,
             dtype=dtype,
             device=device,
         )

@@ -59,6 +59,8 @@ def hold_weight(
     else:
         bias = getattr(module, "bias", None)
         made = linear_class(bits).from_qtensor(q, bias, compute_dtype=compute_dtype)
+        if isinstance(module, QuantizedLinear) and bits == 4:
+            made.compute = module.compute
         made.transposed = (
             module.transposed
             if isinstance(module, QuantizedLinear)

@@ -9,6 +9,7 @@ from torch import nn
 
 from nybble import _core
 from nybble.errors import Error, FormatError
+from nybble.integer import check_compute
 from nybble.nn.choice import Choice, is_linear, replacement_of, replaces
 from nybble.nn.coverage import Coverage, Row
 from nybble.nn.embedding import QuantizedEmbedding
@@ -32,6 +33,7 @@ def quantize_model(
     blocksize: int | None = None,
     nested: bool = False,
     compute_dtype: torch.dtype | None = None,
+    compute: str | None = None,
     skip: Sequence[str] | None = None,
     overrides: Mapping[str, str] | None = None,
     embeddings: bool = False,
@@ -48,6 +50,9 @@ def quantize_model(
             format lacks this size gets that format's default.
         nested: Quantize the scales too, where the format can.
         compute_dtype: Dtype of products; None for that of the input.
+        compute: "int8" for products of integers in linear layers and experts, as
+            `nybble.linear` describes; layers that an override gives a format without integer
+            codes compute as ever. None is exact.
         skip: Patterns of modules to leave alone: plain names, globs, or `re:` and a regular
             expression. None stands for `lm_head` and every module with a tied weight; a list
             replaces that.
@@ -75,6 +80,7 @@ def quantize_model(
         blocksize=blocksize,
         nested=nested,
         compute_dtype=compute_dtype,
+        compute=check_compute(compute, format),
         reference=reference,
     )
     plan = plan_model(
@@ -178,7 +184,7 @@ def _experts(path: str, module: nn.Module, plan: Experts) -> tuple[QuantizedExpe
         if choice is None:
             return dense_projection(weight, bias)
         try:
-            return quantized_projection(weight, bias, **choice.options())
+            return quantized_projection(weight, bias, **choice.options(), compute=choice.computable)
         except Error as error:
             raise type(error)(f"{path}.{name}.weight: {error}") from error
 

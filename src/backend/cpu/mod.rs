@@ -9,6 +9,7 @@ mod avx2;
 mod avx512;
 mod decode;
 mod features;
+pub mod integer;
 pub mod kernels;
 #[cfg(target_arch = "aarch64")]
 mod neon;

@@ -38,7 +38,7 @@ pub fn spread<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
     if rayon::current_thread_index().is_some() {
         return work(); // part of what is spread already
     }
-    match pool(threads) {
+    match pool(threads, false) {
         Some(pool) => pool.install(work),
         None => work(),
     }
@@ -59,11 +59,13 @@ pub fn share(threads: usize, parts: usize, work: impl Fn(usize) + Sync) {
             work(part);
         }
     };
-    let threads = threads.min(parts);
-    let pool = if threads > 1 { pool(threads) } else { None };
-    match pool {
+    let others = threads.min(parts).saturating_sub(1);
+    if others == 0 || rayon::current_thread_index().is_some() {
+        return take();
+    }
+    match pool(threads, true) {
         Some(pool) => pool.in_place_scope(|scope| {
-            for _ in 1..threads {
+            for _ in 0..others {
                 scope.spawn(|_| take());
             }
             take();
@@ -72,12 +74,13 @@ pub fn share(threads: usize, parts: usize, work: impl Fn(usize) + Sync) {
     }
 }
 
-fn pool(threads: usize) -> Option<Arc<ThreadPool>> {
+/// A pool of `threads` threads; of more will do if they are `enough`.
+fn pool(threads: usize, enough: bool) -> Option<Arc<ThreadPool>> {
     let process = std::process::id();
     let mut slot = POOL.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(made) = slot.as_ref()
         && made.process == process
-        && made.threads == threads
+        && (made.threads == threads || (enough && made.threads > threads))
     {
         return Some(Arc::clone(&made.pool));
     }
@@ -109,5 +112,16 @@ mod tests {
         }
         let inside = || spread(1, rayon::current_num_threads);
         assert_eq!(spread(3, inside), 3);
+    }
+
+    #[test]
+    fn every_part_is_done_once() {
+        for (threads, parts) in [(1, 5), (2, 1), (3, 100), (2, 0)] {
+            let done: Vec<AtomicUsize> = (0..parts).map(|_| AtomicUsize::new(0)).collect();
+            share(threads, parts, |part| {
+                done[part].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(done.iter().all(|done| done.load(Ordering::Relaxed) == 1));
+        }
     }
 }

@@ -59,3 +59,13 @@ def test_importing_twice_registers_once():
     from nybble.hf.register import register
 
     register()
+
+
+def test_the_kind_of_arithmetic_is_saved_and_checked() -> None:
+    config = hf.NybbleConfig(compute="int8")
+    assert hf.NybbleConfig(**config.to_dict()).compute == "int8"
+    assert hf.NybbleConfig().to_dict()["compute"] is None
+    with pytest.raises(FormatError, match="must be 'int8' or None"):
+        hf.NybbleConfig(compute="int4")
+    with pytest.raises(FormatError, match="no integer codes"):
+        hf.NybbleConfig("dynamic8", compute="int8")

@@ -1,0 +1,203 @@
+//! What a product reads and where it writes.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use super::dot::Dot;
+use crate::backend::cpu::threads::share;
+use crate::backend::cpu::{Kernels, Lanes};
+use crate::quant::integer::{GROUP, Integers, group_scale};
+use crate::tensor::{QTensor, Scales};
+
+/// Quantized activations in the order in which a kernel reads them.
+pub struct Arranged {
+    /// Rows.
+    pub tokens: usize,
+    /// Bytes from one row to the next.
+    pub stride: usize,
+    /// The codes.
+    pub codes: Vec<i8>,
+    /// For each row, minus the bias of the weights times sums of codes.
+    pub starts: Vec<i32>,
+    /// Scales of each row's groups, or of the row.
+    pub scales: Vec<f32>,
+    /// Scales of a row.
+    pub groups: usize,
+}
+
+impl Arranged {
+    /// Codes of a token.
+    pub fn row(&self, token: usize) -> &[i8] {
+        &self.codes[token * self.stride..][..self.stride]
+    }
+
+    /// Quantizes rows of `columns` activations by groups. In each `span` of elements those at even
+    /// positions come first, as the halves of packed bytes do (a span of 1 keeps the order); `starts` writes what sums begin with.
+    pub fn quantize<T: Lanes>(
+        kernels: &Kernels<T>,
+        threads: usize,
+        (x, columns): (&[T], usize),
+        span: usize,
+        starts_of_row: usize,
+        starts: impl Fn(&[i8], &mut [i32]) + Sync,
+    ) -> Self {
+        let tokens = x.len() / columns;
+        let (stride, groups) = (stride(columns, span), columns.div_ceil(GROUP));
+        let mut arranged = Self {
+            tokens,
+            stride,
+            codes: vec![0; tokens * stride],
+            starts: vec![0; tokens * starts_of_row],
+            scales: vec![0.0; tokens * groups],
+            groups,
+        };
+        let codes = Out::new(&mut arranged.codes);
+        let sums = Out::new(&mut arranged.starts);
+        let scales = Out::new(&mut arranged.scales);
+        let threads = if x.len() < 1 << 16 { 1 } else { threads };
+        share(threads, tokens, |token| {
+            // SAFETY: each token has its own part of the three buffers, whose lengths are above.
+            let (out, sums, scales) = unsafe {
+                (
+                    codes.part(token * stride..(token + 1) * stride),
+                    sums.part(token * starts_of_row..(token + 1) * starts_of_row),
+                    scales.part(token * groups..(token + 1) * groups),
+                )
+            };
+            let row = &x[token * columns..(token + 1) * columns];
+            for ((x, scale), out) in row.chunks(GROUP).zip(scales).zip(out.chunks_mut(GROUP)) {
+                let mut codes = [0; GROUP];
+                *scale = group_scale((kernels.quantize_row)(x, &mut codes[..x.len()]));
+                if span == 1 {
+                    out.copy_from_slice(&codes[..out.len()]);
+                    continue;
+                }
+                for (codes, out) in codes.chunks(span).zip(out.chunks_mut(span)) {
+                    halve(codes, out);
+                }
+            }
+            starts(out, sums);
+        });
+        arranged
+    }
+}
+
+/// The distance of rows: whole cache lines and an odd number of them, so that the same columns of
+/// many rows spread over all sets of a cache.
+pub fn stride(columns: usize, multiple: usize) -> usize {
+    const LINE: usize = 64;
+    let lines = columns.next_multiple_of(multiple).div_ceil(LINE);
+    (lines | 1) * LINE
+}
+
+/// Even positions first.
+fn halve(codes: &[i8], out: &mut [i8]) {
+    let (even, odd) = out.split_at_mut(out.len() / 2);
+    for ((pair, even), odd) in codes.as_chunks::<2>().0.iter().zip(even).zip(odd) {
+        (*even, *odd) = (pair[0], pair[1]);
+    }
+}
+
+/// A product with four-bit weights whose rows are whole blocks.
+pub struct Four<'a> {
+    /// The weight.
+    pub q: &'a QTensor<'a>,
+    /// What its codes stand for.
+    pub integers: &'a Integers,
+    /// Length of a row of the weight.
+    pub columns: usize,
+    /// Activations.
+    pub x: Arranged,
+    /// One number a row of the weight.
+    pub bias: &'a [f32],
+}
+
+impl Four<'_> {
+    /// Scales of `blocks` of a row from its block `first` on, from the tensor or decoded.
+    #[inline(always)]
+    pub fn scales<'b>(&'b self, first: usize, blocks: usize, decoded: &'b mut [f32]) -> &'b [f32] {
+        match self.q.scales() {
+            Scales::Plain(scales) => &scales[first..first + blocks],
+            quantized => {
+                let decoded = &mut decoded[..blocks];
+                quantized.decode(first, decoded);
+                decoded
+            }
+        }
+    }
+
+    /// Elements whose products are summed as integers: as many as have one scale on both sides.
+    pub fn unit(&self) -> usize {
+        self.q.layout().blocksize.min(GROUP)
+    }
+}
+
+/// A product with int8 weights.
+pub struct Eight<'a> {
+    /// The codes of the weight.
+    pub weight: &'a [i8],
+    /// A scale for each of its rows.
+    pub absmax: &'a [f32],
+    /// Length of a row of the weight.
+    pub columns: usize,
+    /// Activations, one scale a row.
+    pub x: Arranged,
+    /// Columns that are multiplied as they are.
+    pub outliers: &'a [usize],
+    /// Those columns of the activations, a row after the other.
+    pub outlying: &'a [f32],
+    /// One number a row of the weight.
+    pub bias: &'a [f32],
+}
+
+/// Memory that several threads fill, each its own part.
+pub struct Out<'a, T> {
+    start: *mut T,
+    length: usize,
+    borrowed: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: a shared `Out` only gives parts, and whoever takes one guarantees that nobody else does.
+unsafe impl<T: Send> Sync for Out<'_, T> {}
+
+impl<'a, T> Out<'a, T> {
+    /// Borrows the memory.
+    pub fn new(memory: &'a mut [T]) -> Self {
+        Self { start: memory.as_mut_ptr(), length: memory.len(), borrowed: PhantomData }
+    }
+
+    /// A part of the memory.
+    ///
+    /// # Safety
+    /// - Nobody else holds a part that overlaps.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.length, "a part beyond the end");
+        // SAFETY: inside the borrowed memory, by the line above; the rest is the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+}
+
+/// What the sums of a row begin with, for a kernel whose lanes lie along the row: for each vector
+/// of `LANES` lanes minus the bias times the activations of the lane.
+pub fn lane_starts<D: Dot>(codes: &[i8], starts: &mut [i32]) {
+    let half = 4 * D::LANES;
+    for (codes, starts) in codes.chunks_exact(2 * half).zip(starts.chunks_exact_mut(D::LANES)) {
+        let (even, odd) = codes.split_at(half);
+        let lanes = even.as_chunks::<4>().0.iter().zip(odd.as_chunks::<4>().0);
+        for ((even, odd), start) in lanes.zip(starts) {
+            *start = -i32::from(D::BIAS) * (sum(even) + sum(odd));
+        }
+    }
+}
+
+/// Minus the bias times the sum of each `unit` of activations.
+pub fn unit_starts<D: Dot>(unit: usize, codes: &[i8], starts: &mut [i32]) {
+    for (codes, start) in codes.chunks(unit).zip(starts) {
+        *start = i32::from(D::BIAS).wrapping_mul(sum(codes)).wrapping_neg();
+    }
+}
+
+fn sum(codes: &[i8]) -> i32 {
+    codes.iter().map(|code| i32::from(*code)).sum()
+}

@@ -1,0 +1,426 @@
+//! Products with activations of signed bytes, for four-bit weights and for LLM.int8().
+//!
+//! [`crate::quant::integer`] is the definition. Few rows of activations meet the weight as it lies
+//! in memory (`rows`); for many, panels of it are decoded into the cache (`panels`).
+
+// Without vectors only `general` is used.
+#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod dot;
+mod general;
+mod job;
+mod panels;
+mod rows;
+
+use std::ops::Range;
+
+use super::threads::share;
+use job::{Arranged, Eight, Four, Out};
+
+use super::{Cpu, Isa, Kernels, Lanes};
+use crate::error::{Error, Result};
+use crate::format::Decode;
+use crate::pack::check_len;
+use crate::quant::integer::{GROUP, Integers, MAX_COLUMNS};
+use crate::tensor::{QTensor, Scales};
+
+/// The instructions that integer products use.
+#[derive(Clone, Copy, Debug)]
+enum Unit {
+    Scalar,
+    #[cfg(target_arch = "x86_64")]
+    Avx2(super::avx2::Avx2),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(super::avx512::Avx512),
+    #[cfg(target_arch = "x86_64")]
+    Vnni(avx512::Vnni),
+}
+
+/// Integer products on given kernels and threads.
+#[derive(Clone, Copy, Debug)]
+pub struct Integer {
+    cpu: Cpu,
+    unit: Unit,
+}
+
+/// The shape of a product and its addend.
+#[derive(Clone, Copy, Debug)]
+pub struct Product<'a> {
+    /// Length of a row of the weight and of the activations.
+    pub columns: usize,
+    /// One number a row of the weight, if any.
+    pub bias: Option<&'a [f32]>,
+}
+
+impl Integer {
+    /// The fastest that the kernels of a [`Cpu`] stand for.
+    pub fn new(cpu: Cpu) -> Self {
+        let unit = match cpu.isa {
+            Isa::Scalar => Unit::Scalar,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(proof) => Unit::Avx2(proof),
+            // NEON has no kernels for integers yet.
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(_) | Isa::NeonBf16(_) => Unit::Scalar,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(proof) => Unit::Avx512(proof),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Ext(proof) => Unit::Vnni(avx512::Vnni::new(proof)),
+        };
+        Self { cpu, unit }
+    }
+
+    /// All that this machine can run, slowest first.
+    pub fn available(threads: usize) -> Vec<Self> {
+        Isa::available().into_iter().map(|isa| Self::new(Cpu::with(isa, threads))).collect()
+    }
+
+    /// The name of the instructions in use.
+    pub const fn name(&self) -> &'static str {
+        match self.unit {
+            Unit::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Unit::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Unit::Avx512(_) => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Unit::Vnni(_) => "avx512 vnni",
+        }
+    }
+
+    /// `x @ weight.T + bias` with activations rounded to integers; see
+    /// [`crate::quant::integer`]. int8 weights are multiplied as in [`Self::llm_int8`] without a
+    /// threshold.
+    ///
+    /// `x` is `[tokens, columns]`, `out` `[tokens, rows]`.
+    pub fn linear<T: Lanes>(
+        &self,
+        x: &[T],
+        q: &QTensor<'_>,
+        product: Product<'_>,
+        out: &mut [T],
+    ) -> Result<()> {
+        let layout = q.layout();
+        if matches!(layout.format.spec().decode, Decode::Int8) {
+            return self.llm_int8(x, q, 0.0, product, out);
+        }
+        let integers = Integers::of(layout.format)?;
+        let columns = product.columns;
+        let (tokens, rows) = shape(q, x.len(), columns, out.len())?;
+        let bias = padded(product.bias, rows)?;
+        if tokens == 0 || rows == 0 {
+            return Ok(());
+        }
+        if columns == 0 {
+            general::bias_only(&bias, out);
+            return Ok(());
+        }
+        let kernels = Kernels::<T>::of(self.cpu.isa);
+        #[cfg(target_arch = "x86_64")]
+        if columns.is_multiple_of(layout.blocksize) {
+            let few = tokens <= rows::TOKENS;
+            let unit = layout.blocksize.min(GROUP);
+            macro_rules! arranged {
+                ($D:ty) => {{
+                    let span = if few { 8 * <$D as dot::Dot>::LANES } else { 8 };
+                    let vectors = columns.div_ceil(8 * <$D as dot::Dot>::LANES);
+                    let starts =
+                        if few { vectors * <$D as dot::Dot>::LANES } else { columns / unit };
+                    let x = (x, columns);
+                    Arranged::quantize(
+                        &kernels,
+                        self.cpu.threads,
+                        x,
+                        span,
+                        starts,
+                        |codes, starts| {
+                            if few {
+                                job::lane_starts::<$D>(codes, starts);
+                            } else {
+                                job::unit_starts::<$D>(unit, codes, starts);
+                            }
+                        },
+                    )
+                }};
+            }
+            let arranged = match self.unit {
+                Unit::Scalar => None,
+                Unit::Avx2(_) => Some(arranged!(super::avx2::Avx2)),
+                Unit::Avx512(_) => Some(arranged!(super::avx512::Avx512)),
+                Unit::Vnni(_) => Some(arranged!(avx512::Vnni)),
+            };
+            if let Some(x) = arranged {
+                self.four(&Four { q, integers, columns, x, bias: &bias }, out);
+                return Ok(());
+            }
+        }
+        let x = Arranged::quantize(&kernels, self.cpu.threads, (x, columns), 1, 0, |_, _| ());
+        general::four(self.cpu.threads, &Four { q, integers, columns, x, bias: &bias }, out);
+        Ok(())
+    }
+
+    /// LLM.int8() (arXiv:2208.07339): rows of `x` become signed bytes; columns with a magnitude of
+    /// at least `threshold` (if above 0) are multiplied in f32.
+    ///
+    /// `x` is `[tokens, columns]`, `out` `[tokens, rows]`. Fails if a value is not finite.
+    pub fn llm_int8<T: Lanes>(
+        &self,
+        x: &[T],
+        q: &QTensor<'_>,
+        threshold: f32,
+        product: Product<'_>,
+        out: &mut [T],
+    ) -> Result<()> {
+        let layout = q.layout();
+        let (Decode::Int8, Scales::Plain(absmax)) = (layout.format.spec().decode, q.scales())
+        else {
+            return Err(Error::Unsupported {
+                format: layout.format.spec().name,
+                what: "rows of signed bytes",
+                remedy: "quantize to int8 for LLM.int8()",
+            });
+        };
+        let columns = product.columns;
+        let (tokens, rows) = shape(q, x.len(), columns, out.len())?;
+        let bias = padded(product.bias, rows)?;
+        if tokens == 0 || rows == 0 {
+            return Ok(());
+        }
+        if columns == 0 {
+            general::bias_only(&bias, out);
+            return Ok(());
+        }
+        let (mut codes, mut scales) = (vec![0i8; x.len()], vec![0f32; tokens]);
+        let outliers =
+            self.cpu.quantize_activations(x, columns, threshold, &mut codes, &mut scales)?;
+        let outlying: Vec<f32> = x
+            .chunks_exact(columns)
+            .flat_map(|row| outliers.iter().map(|column| row[*column].to_f32()))
+            .collect();
+        let (lanes, bias_of_weights) = self.lanes();
+        let stride = if tokens > rows::TOKENS {
+            job::stride(columns, 4 * lanes)
+        } else {
+            columns.next_multiple_of(4 * lanes)
+        };
+        if stride != columns {
+            let mut longer = vec![0i8; tokens * stride];
+            for (longer, codes) in longer.chunks_exact_mut(stride).zip(codes.chunks_exact(columns))
+            {
+                longer[..columns].copy_from_slice(codes);
+            }
+            codes = longer;
+        }
+        // The sum of up to 133,144 codes times 128 fits; sums of products wrap and come back.
+        let start = |codes: &[i8]| {
+            let sum: i32 = codes.iter().map(|code| i32::from(*code)).sum();
+            sum.wrapping_mul(bias_of_weights).wrapping_neg()
+        };
+        let starts = codes.chunks_exact(stride).map(start).collect();
+        let x = Arranged { tokens, stride, codes, starts, scales, groups: 1 };
+        let weight = bytemuck::cast_slice(q.packed());
+        let (outliers, outlying) = (outliers.as_slice(), outlying.as_slice());
+        self.eight(&Eight { weight, absmax, columns, x, outliers, outlying, bias: &bias }, out);
+        Ok(())
+    }
+
+    fn lanes(&self) -> (usize, i32) {
+        match self.unit {
+            Unit::Scalar => (1, 0),
+            #[cfg(target_arch = "x86_64")]
+            Unit::Avx2(_) => of_dot::<super::avx2::Avx2>(),
+            #[cfg(target_arch = "x86_64")]
+            Unit::Avx512(_) => of_dot::<super::avx512::Avx512>(),
+            #[cfg(target_arch = "x86_64")]
+            Unit::Vnni(_) => of_dot::<avx512::Vnni>(),
+        }
+    }
+
+    fn four<T: Lanes>(&self, job: &Four<'_>, out: &mut [T]) {
+        match self.unit {
+            Unit::Scalar => general::four(self.cpu.threads, job, out),
+            #[cfg(target_arch = "x86_64")]
+            Unit::Avx2(d) => {
+                self.spread(job.bias.len(), job.columns / 2, job.x.tokens, 16, out, |part, out| {
+                    // SAFETY: `d` exists, so the machine has the features.
+                    unsafe { with_avx2::four(d, job, part, out) }
+                });
+            }
+            #[cfg(target_arch = "x86_64")]
+            Unit::Avx512(d) => {
+                self.spread(job.bias.len(), job.columns / 2, job.x.tokens, 32, out, |part, out| {
+                    // SAFETY: `d` exists, so the machine has the features.
+                    unsafe { with_avx512::four(d, job, part, out) }
+                });
+            }
+            #[cfg(target_arch = "x86_64")]
+            Unit::Vnni(d) => {
+                self.spread(job.bias.len(), job.columns / 2, job.x.tokens, 32, out, |part, out| {
+                    // SAFETY: `d` exists, so the machine has the features.
+                    unsafe { with_vnni::four(d, job, part, out) }
+                });
+            }
+        }
+    }
+
+    fn eight<T: Lanes>(&self, job: &Eight<'_>, out: &mut [T]) {
+        if job.columns > MAX_COLUMNS {
+            return general::eight(self.cpu.threads, job, out);
+        }
+        match self.unit {
+            Unit::Scalar => general::eight(self.cpu.threads, job, out),
+            #[cfg(target_arch = "x86_64")]
+            Unit::Avx2(d) => {
+                self.spread(job.bias.len(), job.columns, job.x.tokens, 16, out, |part, out| {
+                    // SAFETY: `d` exists, so the machine has the features.
+                    unsafe { with_avx2::eight(d, job, part, out) }
+                });
+            }
+            #[cfg(target_arch = "x86_64")]
+            Unit::Avx512(d) => {
+                self.spread(job.bias.len(), job.columns, job.x.tokens, 32, out, |part, out| {
+                    // SAFETY: `d` exists, so the machine has the features.
+                    unsafe { with_avx512::eight(d, job, part, out) }
+                });
+            }
+            #[cfg(target_arch = "x86_64")]
+            Unit::Vnni(d) => {
+                self.spread(job.bias.len(), job.columns, job.x.tokens, 32, out, |part, out| {
+                    // SAFETY: `d` exists, so the machine has the features.
+                    unsafe { with_vnni::eight(d, job, part, out) }
+                });
+            }
+        }
+    }
+
+    /// Cuts a product into parts: runs of rows for few tokens, else panels by runs of tokens.
+    fn spread<T: Lanes>(
+        &self,
+        rows: usize,
+        bytes_of_row: usize,
+        tokens: usize,
+        panel: usize,
+        out: &mut [T],
+        work: impl Fn(Part, &Out<'_, T>) + Sync,
+    ) {
+        let out = &Out::new(out);
+        // A product that one thread finishes before another one wakes up stays on one.
+        let small = rows.saturating_mul(bytes_of_row) < SMALL && rows * tokens < SMALL;
+        let threads = if small { 1 } else { self.cpu.threads };
+        if tokens <= rows::TOKENS {
+            let run = (RUN_BYTES / bytes_of_row).clamp(1, 256);
+            share(threads, rows.div_ceil(run), |part| {
+                work(Part::Rows(part * run..rows.min((part + 1) * run)), out);
+            });
+        } else {
+            let panels = rows.div_ceil(panel);
+            share(threads, panels * tokens.div_ceil(panels::TOKENS), |part| {
+                let first = part / panels * panels::TOKENS;
+                work(Part::Panel { number: part % panels, first }, out);
+            });
+        }
+    }
+}
+
+/// (rows of x, rows of the weight), from lengths that fit together.
+fn shape(q: &QTensor<'_>, x: usize, columns: usize, out: usize) -> Result<(usize, usize)> {
+    let layout = q.layout();
+    let rows = match (layout.elements.checked_div(columns), layout.format.spec().decode) {
+        (Some(rows), _) => rows,
+        (None, Decode::Int8) => layout.scales,
+        (None, _) => 0,
+    };
+    check_len("weight", layout.elements, rows * columns)?;
+    let tokens = match x.checked_div(columns) {
+        Some(tokens) => tokens,
+        None => out.checked_div(rows).unwrap_or(0),
+    };
+    check_len("activations", tokens * columns, x)?;
+    check_len("output", tokens.saturating_mul(rows), out)?;
+    Ok((tokens, rows))
+}
+
+/// Bytes of a weight, or outputs, below which a product stays on one thread.
+const SMALL: usize = 1 << 17;
+
+/// Bytes of a weight that one part of a product with few tokens reads.
+const RUN_BYTES: usize = 1 << 17;
+
+#[cfg(target_arch = "x86_64")]
+const fn of_dot<D: dot::Dot>() -> (usize, i32) {
+    (D::LANES, D::BIAS as i32)
+}
+
+/// A piece of a product.
+enum Part {
+    /// Rows of the weight, with all tokens.
+    Rows(Range<usize>),
+    /// A panel of rows, with a run of tokens from `first` on.
+    Panel { number: usize, first: usize },
+}
+
+fn padded(bias: Option<&[f32]>, rows: usize) -> Result<Vec<f32>> {
+    match bias {
+        None => Ok(vec![0.0; rows]),
+        Some(bias) => {
+            check_len("bias", rows, bias.len())?;
+            Ok(bias.to_vec())
+        }
+    }
+}
+
+/// Functions that enable an instruction set around the kernels.
+#[cfg(target_arch = "x86_64")]
+macro_rules! entry_points {
+    ($name:ident, $D:ty, $features:literal) => {
+        mod $name {
+            use super::job::{Eight, Four, Out};
+            use super::{Lanes, Part, panels, rows};
+
+            macro_rules! rows_of {
+                ($kernel:ident, $d:ident, $job:ident, $rows:ident, $out:ident) => {
+                    match $job.x.tokens {
+                        1 => rows::$kernel::<$D, T, 1>($d, $job, $rows, $out),
+                        2 => rows::$kernel::<$D, T, 2>($d, $job, $rows, $out),
+                        3 => rows::$kernel::<$D, T, 3>($d, $job, $rows, $out),
+                        _ => rows::$kernel::<$D, T, { rows::TOKENS }>($d, $job, $rows, $out),
+                    }
+                };
+            }
+
+            #[target_feature(enable = $features)]
+            pub fn four<T: Lanes>(d: $D, job: &Four<'_>, part: Part, out: &Out<'_, T>) {
+                match part {
+                    Part::Rows(rows) => rows_of!(four, d, job, rows, out),
+                    Part::Panel { number, first } => panels::four(d, job, number, first, out),
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            pub fn eight<T: Lanes>(d: $D, job: &Eight<'_>, part: Part, out: &Out<'_, T>) {
+                match part {
+                    Part::Rows(rows) => rows_of!(eight, d, job, rows, out),
+                    Part::Panel { number, first } => panels::eight(d, job, number, first, out),
+                }
+            }
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+entry_points!(with_avx2, crate::backend::cpu::avx2::Avx2, "avx2,fma,f16c");
+#[cfg(target_arch = "x86_64")]
+entry_points!(
+    with_avx512,
+    crate::backend::cpu::avx512::Avx512,
+    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+);
+#[cfg(target_arch = "x86_64")]
+entry_points!(
+    with_vnni,
+    super::avx512::Vnni,
+    "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+);

@@ -1,0 +1,365 @@
+//! Many activations: `2 * LANES` rows of the weight become a panel of integers in the cache, in
+//! which lanes are rows, and a tile of it and a few activations stays in registers.
+
+use super::dot::Dot;
+use super::job::{Eight, Four, Out};
+use super::rows::{INVERSE_SQUARE, outlier};
+use crate::backend::cpu::Lanes;
+use crate::quant::integer::GROUP;
+
+/// Columns of a panel: a multiple of [`GROUP`].
+const DEPTH: usize = 1024;
+
+/// Rows of activations that one call takes; what they need of the cache at a depth is half of it.
+pub const TOKENS: usize = 512;
+
+/// How far ahead of a row's bytes the next ones are asked for: rows are read in short pieces, which
+/// the processor does not foresee.
+const AHEAD: usize = DEPTH / 2;
+
+/// The most rows of a panel.
+const ROWS: usize = 32;
+
+/// The vectors of one column of dwords: `LANES` rows of `row(r)` (a slice that may end early),
+/// from byte `first` on, transposed.
+#[inline(always)]
+fn transposed<'a, D: Dot>(d: D, first: usize, row: impl Fn(usize) -> &'a [u8]) -> [D::Ints; 16] {
+    let bytes = 4 * D::LANES;
+    let mut vectors = [d.splat_int(0); 16];
+    for (r, vector) in vectors.iter_mut().enumerate().take(D::LANES) {
+        let row = row(r);
+        d.prefetch(row.as_ptr().wrapping_add(first + AHEAD));
+        if let Some(bytes) = row.get(first..first + bytes) {
+            // SAFETY: the slice is one vector long.
+            *vector = unsafe { d.load(bytes.as_ptr()) };
+        } else if let Some(rest) = row.get(first..) {
+            let mut end = [0u8; 64];
+            end[..rest.len()].copy_from_slice(rest);
+            // SAFETY: the copy is as long as the longest vector.
+            *vector = unsafe { d.load(end.as_ptr()) };
+        }
+    }
+    d.transpose(&mut vectors);
+    vectors
+}
+
+/// Decodes the columns `columns` of the rows from `row` on: for each eight columns the even ones,
+/// then the odd ones, of all rows; and the scales of each unit.
+#[inline(always)]
+fn decode_four<D: Dot>(
+    d: D,
+    job: &Four<'_>,
+    row: usize,
+    columns: std::ops::Range<usize>,
+    panel: &mut [u8],
+    scales: &mut [f32],
+) {
+    let (rows, n) = (2 * D::LANES, job.bias.len());
+    let (blocksize, unit) = (job.q.layout().blocksize, job.unit());
+    let table = d.table(&job.integers.values);
+    let packed = |row: usize| -> &[u8] {
+        let of_row = job.columns / 2;
+        if row < n { &job.q.packed()[row * of_row..(row + 1) * of_row] } else { &[] }
+    };
+    for half in 0..2 {
+        for first in columns.clone().step_by(8 * D::LANES) {
+            let first_row = row + half * D::LANES;
+            let vectors = transposed(d, first / 2, |r| packed(first_row + r));
+            let to = &mut panel[(first - columns.start) * rows..][..8 * D::LANES * rows];
+            for (j, vector) in vectors.into_iter().enumerate().take(D::LANES) {
+                let [high, low] = d.lookup(table, vector);
+                let at = (j * 4 + half) * 4 * D::LANES;
+                // SAFETY: `to` has room for 2 * LANES pairs of 2 vectors.
+                unsafe {
+                    d.store(high, to.as_mut_ptr().add(at));
+                    d.store(low, to.as_mut_ptr().add(at + 8 * D::LANES));
+                }
+            }
+        }
+    }
+    let mut decoded = [0.0; DEPTH / 32];
+    let blocks = columns.start / blocksize..columns.end.div_ceil(blocksize);
+    let units = columns.len() / unit;
+    // Units of one block, or the blocks of one unit: as long as each other or many to one.
+    let shift = (blocksize / unit).ilog2();
+    let within = columns.start / unit - (blocks.start << shift);
+    let scales = &mut scales[..units * rows];
+    scales.fill(0.0);
+    for r in 0..rows.min(n - row) {
+        let first = (row + r) * (job.columns / blocksize) + blocks.start;
+        let of_row = job.scales(first, blocks.len(), &mut decoded);
+        for (u, scales) in scales.chunks_exact_mut(rows).enumerate() {
+            scales[r] = of_row[(within + u) >> shift] * job.integers.step;
+        }
+    }
+}
+
+/// Adds to `sums` the products of a panel of columns from `first` on with the tokens from `token`.
+#[inline(always)]
+fn tile_four<D: Dot, const M: usize>(
+    d: D,
+    job: &Four<'_>,
+    (first, length): (usize, usize),
+    token: usize,
+    panel: &[u8],
+    scales: &[f32],
+    sums: &mut [f32],
+) {
+    let (x, unit, rows) = (&job.x, job.unit(), 2 * D::LANES);
+    let units = job.columns / unit;
+    let of_group = GROUP / unit;
+    assert!(panel.len() >= length * rows && sums.len() >= M * rows);
+    assert!(scales.len() >= length / unit * rows && (token + M) * x.stride <= x.codes.len());
+    assert!(first + length <= x.stride && (token + M) * units <= x.starts.len());
+    // SAFETY: every pointer below stays inside what the lines above have measured.
+    unsafe {
+        let mut weights = panel.as_ptr();
+        let codes: [*const i8; M] =
+            std::array::from_fn(|m| x.codes.as_ptr().add((token + m) * x.stride + first));
+        let starts = x.starts.as_ptr().add(token * units + first / unit);
+        let (mut k, mut u) = (0, 0);
+        let here = length / unit;
+        while u < here {
+            let group = (first + k) / GROUP;
+            let mut part = [[d.splat(0.0); 2]; M];
+            for _ in 0..of_group.min(here - u) {
+                let mut c: [[D::Ints; 2]; M] =
+                    std::array::from_fn(|m| [d.splat_int(*starts.add(m * units + u)); 2]);
+                for _ in 0..unit / 16 {
+                    for step in 0..4 {
+                        let w0 = d.load(weights);
+                        let w1 = d.load(weights.add(4 * D::LANES));
+                        weights = weights.add(8 * D::LANES);
+                        for m in 0..M {
+                            let x = d.broadcast(codes[m].add(k + 4 * step));
+                            c[m][0] = d.dot(c[m][0], w0, x);
+                            c[m][1] = d.dot(c[m][1], w1, x);
+                        }
+                    }
+                    k += 16;
+                }
+                let s0 = d.floats(scales.as_ptr().add(u * rows));
+                let s1 = d.floats(scales.as_ptr().add(u * rows + D::LANES));
+                for m in 0..M {
+                    part[m][0] = d.fma(d.to_floats(c[m][0]), s0, part[m][0]);
+                    part[m][1] = d.fma(d.to_floats(c[m][1]), s1, part[m][1]);
+                }
+                u += 1;
+            }
+            for (m, part) in part.into_iter().enumerate() {
+                let scale = d.splat(x.scales[(token + m) * x.groups + group]);
+                for (half, part) in part.into_iter().enumerate() {
+                    let at = sums.as_mut_ptr().add(m * rows + half * D::LANES);
+                    d.store_floats(d.fma(part, scale, d.floats(at)), at);
+                }
+            }
+        }
+    }
+}
+
+/// Calls a tile for as many tokens as fit, then for the rest.
+macro_rules! tiles {
+    ($tile:ident::<$D:ident>, $tokens:expr, |$token:ident, $m:ident| $args:tt) => {{
+        let mut $token = 0;
+        while $token < $tokens {
+            let $m = $D::TILE.min($tokens - $token);
+            tiles!(@ $tile, $D, $m, $args, 1 2 3 4 5 6);
+            $token += $m;
+        }
+    }};
+    (@ $tile:ident, $D:ident, $m:ident, $args:tt, $($n:literal)+) => {
+        match $m {
+            $( $n if $n <= $D::TILE => tiles!(@@ $tile, $D, $n, $args), )+
+            _ => {}
+        }
+    };
+    (@@ $tile:ident, $D:ident, $n:literal, ($($arg:expr),+)) => {
+        $tile::<$D, $n>($($arg),+)
+    };
+}
+
+/// Multiplies panel number `panel` of a four-bit weight by the tokens from `first` on.
+#[inline(always)]
+pub fn four<D: Dot, T: Lanes>(d: D, job: &Four<'_>, panel: usize, first: usize, out: &Out<'_, T>) {
+    let rows = 2 * D::LANES;
+    let tokens = TOKENS.min(job.x.tokens - first);
+    let mut integers = vec![0u8; rows * DEPTH.min(job.columns).next_multiple_of(8 * D::LANES)];
+    let mut scales = vec![0f32; rows * (DEPTH.min(job.columns) / job.unit())];
+    let mut sums = vec![0f32; rows * tokens];
+    for start in (0..job.columns).step_by(DEPTH) {
+        let end = (start + DEPTH).min(job.columns);
+        decode_four(d, job, panel * rows, start..end, &mut integers, &mut scales);
+        let at = (start, end - start);
+        tiles!(tile_four::<D>, tokens, |token, m| (
+            d,
+            job,
+            at,
+            first + token,
+            &integers,
+            &scales,
+            &mut sums[token * rows..]
+        ));
+    }
+    write(d, panel * rows, job.bias, first, &sums, out);
+}
+
+/// Adds the bias to sums and writes them where they belong.
+#[inline(always)]
+fn write<D: Dot, T: Lanes>(
+    d: D,
+    row: usize,
+    bias: &[f32],
+    first: usize,
+    sums: &[f32],
+    out: &Out<'_, T>,
+) {
+    let (rows, n) = (2 * D::LANES, bias.len());
+    let here = rows.min(n - row);
+    let mut biases = [0f32; ROWS];
+    biases[..here].copy_from_slice(&bias[row..row + here]);
+    for (token, sums) in (first..).zip(sums.chunks_exact(rows)) {
+        let mut values = [T::default(); ROWS];
+        for half in [0, D::LANES] {
+            // SAFETY: `sums` is `rows` long, the arrays at least as long.
+            unsafe {
+                let y = d.floats(sums.as_ptr().add(half));
+                let one = d.splat(1.0);
+                let y = d.fma(y, one, d.floats(biases.as_ptr().add(half)));
+                d.write(y, values.as_mut_ptr().add(half));
+            }
+        }
+        // SAFETY: the outputs of these rows and tokens belong to this call alone.
+        let out = unsafe { out.part(token * n + row..token * n + row + here) };
+        out.copy_from_slice(&values[..here]);
+    }
+}
+
+/// Adds to `sums` the integer products of a panel with the tokens from `token` on.
+#[inline(always)]
+fn tile_eight<D: Dot, const M: usize>(
+    d: D,
+    job: &Eight<'_>,
+    (first, length): (usize, usize),
+    token: usize,
+    panel: &[u8],
+    sums: &mut [i32],
+) {
+    let (x, rows) = (&job.x, 2 * D::LANES);
+    assert!(panel.len() >= length * rows && sums.len() >= M * rows && length.is_multiple_of(4));
+    assert!((token + M) * x.stride <= x.codes.len() && first + length <= x.stride);
+    // SAFETY: every pointer below stays inside what the lines above have measured.
+    unsafe {
+        let mut weights = panel.as_ptr();
+        let codes: [*const i8; M] =
+            std::array::from_fn(|m| x.codes.as_ptr().add((token + m) * x.stride + first));
+        let at = sums.as_mut_ptr().cast::<u8>();
+        let place = |m: usize, half: usize| at.add((2 * m + half) * 4 * D::LANES);
+        let mut c: [[D::Ints; 2]; M] =
+            std::array::from_fn(|m| [d.load(place(m, 0)), d.load(place(m, 1))]);
+        for k in (0..length).step_by(4) {
+            let w0 = d.load(weights);
+            let w1 = d.load(weights.add(4 * D::LANES));
+            weights = weights.add(8 * D::LANES);
+            for m in 0..M {
+                let x = d.broadcast(codes[m].add(k));
+                c[m][0] = d.dot(c[m][0], w0, x);
+                c[m][1] = d.dot(c[m][1], w1, x);
+            }
+        }
+        for (m, c) in c.into_iter().enumerate() {
+            d.store(c[0], place(m, 0));
+            d.store(c[1], place(m, 1));
+        }
+    }
+}
+
+/// Multiplies panel number `panel` of an int8 weight by the tokens from `first` on.
+#[inline(always)]
+pub fn eight<D: Dot, T: Lanes>(
+    d: D,
+    job: &Eight<'_>,
+    panel: usize,
+    first: usize,
+    out: &Out<'_, T>,
+) {
+    let (rows, n) = (2 * D::LANES, job.bias.len());
+    let tokens = TOKENS.min(job.x.tokens - first);
+    let row = panel * rows;
+    let weight = |row: usize| -> &[u8] {
+        let of_row = job.columns;
+        if row >= n {
+            return &[];
+        }
+        bytemuck::cast_slice(&job.weight[row * of_row..(row + 1) * of_row])
+    };
+    let mut integers = vec![0u8; rows * DEPTH.min(job.columns).next_multiple_of(4 * D::LANES)];
+    let mut sums = vec![0i32; rows * tokens];
+    for (sums, token) in sums.chunks_exact_mut(rows).zip(first..) {
+        sums.fill(job.x.starts[token]);
+    }
+    for start in (0..job.columns).step_by(DEPTH) {
+        let end = (start + DEPTH).min(job.columns);
+        for at in (start..end).step_by(4 * D::LANES) {
+            for half in 0..2 {
+                let vectors = transposed(d, at, |r| weight(row + half * D::LANES + r));
+                let to = &mut integers[(at - start) * rows..][..4 * D::LANES * rows];
+                for (j, vector) in vectors.into_iter().enumerate().take(D::LANES) {
+                    // SAFETY: `to` has room for LANES pairs of vectors.
+                    unsafe {
+                        let at = (2 * j + half) * 4 * D::LANES;
+                        d.store(d.biased(vector), to.as_mut_ptr().add(at));
+                    }
+                }
+            }
+        }
+        let at = (start, (end - start).next_multiple_of(4));
+        tiles!(tile_eight::<D>, tokens, |token, m| (
+            d,
+            job,
+            at,
+            first + token,
+            &integers,
+            &mut sums[token * rows..]
+        ));
+    }
+    let sums = outputs(d, job, row, first, &sums);
+    write(d, row, job.bias, first, &sums, out);
+}
+
+/// Scales integer sums and adds the products of the outliers.
+#[inline(always)]
+fn outputs<D: Dot>(d: D, job: &Eight<'_>, row: usize, first: usize, sums: &[i32]) -> Vec<f32> {
+    let (rows, columns) = (2 * D::LANES, job.outliers.len());
+    let here = rows.min(job.bias.len() - row);
+    let mut absmax = [0f32; ROWS];
+    absmax[..here].copy_from_slice(&job.absmax[row..row + here]);
+    let mut weights = vec![0f32; columns * rows];
+    for (r, absmax) in absmax.iter().enumerate().take(here) {
+        let weight = &job.weight[(row + r) * job.columns..(row + r + 1) * job.columns];
+        for (j, column) in job.outliers.iter().enumerate() {
+            weights[j * rows + r] = outlier(weight[*column], *absmax);
+        }
+    }
+    let mut out = vec![0f32; sums.len()];
+    for ((sums, out), token) in sums.chunks_exact(rows).zip(out.chunks_exact_mut(rows)).zip(first..)
+    {
+        let outlying = &job.outlying[token * columns..(token + 1) * columns];
+        for half in [0, D::LANES] {
+            // SAFETY: `sums`, `out` and each row of `weights` are `rows` long, `absmax` at least.
+            unsafe {
+                let scale =
+                    d.mul(d.splat(job.x.scales[token]), d.floats(absmax.as_ptr().add(half)));
+                let sum = d.to_floats(d.load(sums.as_ptr().add(half).cast()));
+                let y = d.mul(d.mul(sum, scale), d.splat(INVERSE_SQUARE));
+                let mut apart = d.splat(0.0);
+                for (j, x) in outlying.iter().enumerate() {
+                    let weight = d.floats(weights.as_ptr().add(j * rows + half));
+                    apart = d.fma(weight, d.splat(*x), apart);
+                }
+                let y = if columns == 0 { y } else { d.fma(apart, d.splat(1.0), y) };
+                d.store_floats(y, out.as_mut_ptr().add(half));
+            }
+        }
+    }
+    out
+}
