@@ -13,6 +13,7 @@ pub mod integer;
 pub mod kernels;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod openmp;
 mod product;
 mod quantize;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]

@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use super::openmp;
+
 /// A pool and what it was made for.
 struct Made {
     process: u32,
@@ -47,7 +49,8 @@ pub fn spread<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
 /// Calls `work` once for each of `parts` numbers, on at most `threads` threads.
 ///
 /// Parts are taken one after the other by whoever is free, this thread included: it does not
-/// wait for the others to wake up, and a thread that is held up delays one part.
+/// wait for the others to wake up, and a thread that is held up delays one part. The others are
+/// torch's where it is loaded (see [`super::openmp`]), else those of our pool.
 pub fn share(threads: usize, parts: usize, work: impl Fn(usize) + Sync) {
     let next = AtomicUsize::new(0);
     let take = || {
@@ -59,13 +62,17 @@ pub fn share(threads: usize, parts: usize, work: impl Fn(usize) + Sync) {
             work(part);
         }
     };
-    let others = threads.min(parts).saturating_sub(1);
-    if others == 0 || rayon::current_thread_index().is_some() {
+    let threads_of_use = threads.min(parts);
+    if threads_of_use <= 1 || rayon::current_thread_index().is_some() {
         return take();
+    }
+    // The team has the size that torch gives its own, so that it is not made anew.
+    if openmp::run(threads, &take) {
+        return;
     }
     match pool(threads, true) {
         Some(pool) => pool.in_place_scope(|scope| {
-            for _ in 0..others {
+            for _ in 1..threads_of_use {
                 scope.spawn(|_| take());
             }
             take();

@@ -114,7 +114,7 @@ impl Dot for Avx2 {
         unsafe { _mm256_loadu_si256(from.cast()) }
     }
     #[inline(always)]
-    fn next(self, words: __m256i) -> __m256i {
+    fn next(self, words: __m256i, _: usize) -> __m256i {
         // SAFETY: the proof implies AVX2.
         unsafe { _mm256_srli_epi32::<4>(words) }
     }

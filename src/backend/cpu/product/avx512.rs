@@ -132,7 +132,8 @@ impl Dot for Avx512 {
     const STEPS: usize = 8;
     const LATE: bool = false;
     type X = f32;
-    type Words = __m512i;
+    /// The words, moved as they are used, and their upper halves.
+    type Words = [__m512i; 2];
     type Table = __m512;
     type Values = __m512;
 
@@ -142,17 +143,24 @@ impl Dot for Avx512 {
         unsafe { _mm512_loadu_ps(values.as_ptr()) }
     }
     #[inline(always)]
-    unsafe fn words(self, from: *const u8) -> __m512i {
+    unsafe fn words(self, from: *const u8) -> [__m512i; 2] {
         // SAFETY: the proof implies AVX-512 F; the caller vouches for sixty-four bytes.
-        unsafe { _mm512_loadu_si512(from.cast()) }
+        unsafe {
+            let words = _mm512_loadu_si512(from.cast());
+            [words, _mm512_srli_epi32::<16>(words)]
+        }
     }
     #[inline(always)]
-    fn next(self, words: __m512i) -> __m512i {
-        // SAFETY: the proof implies AVX-512 F.
-        unsafe { _mm512_srli_epi32::<4>(words) }
+    fn next(self, [words, upper]: [__m512i; 2], step: usize) -> [__m512i; 2] {
+        if step == 3 {
+            return [upper, upper];
+        }
+        // SAFETY: the proof implies AVX-512 BW. Shifts share their units with permutations;
+        // those that multiply have nothing else to do. Only the lower half of a word counts.
+        unsafe { [_mm512_mulhi_epu16(words, _mm512_set1_epi16(1 << 12)), upper] }
     }
     #[inline(always)]
-    fn decode(self, table: __m512, words: __m512i) -> __m512 {
+    fn decode(self, table: __m512, [words, _]: [__m512i; 2]) -> __m512 {
         // SAFETY: the proof implies AVX-512 F. The permutation reads four bits of an index.
         unsafe { _mm512_permutexvar_ps(words, table) }
     }

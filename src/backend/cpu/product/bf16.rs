@@ -89,8 +89,9 @@ impl Dot for Avx512Ext {
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
     #[inline(always)]
-    fn next(self, words: __m512i) -> __m512i {
-        // SAFETY: the proof implies AVX-512 BW.
+    fn next(self, words: __m512i, _: usize) -> __m512i {
+        // SAFETY: the proof implies AVX-512 BW. A shift by four bits would wait for the units of
+        // the permutations; those that multiply have nothing else to do.
         unsafe { _mm512_srli_epi16::<4>(words) }
     }
     #[inline(always)]

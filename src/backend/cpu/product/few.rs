@@ -116,13 +116,12 @@ fn blocks<D: Dot, const M: usize, const B: usize>(
     let (count, bytes, blocks) = (out.len() / M, few.row_bytes(), few.blocks());
     let chunks = few.columns.div_ceil(CODES * D::LANES);
     assert!(few.x.len() == M * chunks * CODES * D::LANES);
-    // Rows share the loads of activations; a single row is the stream that a processor fetches
-    // ahead best, and does not mind if the activations are in the first-level cache.
-    let together = match M {
-        1 if size_of_val(few.x) <= HOT => 1,
-        1 | 2 if D::LANES >= 16 => 4,
-        _ if D::LANES >= 16 || M < 3 => 2,
-        _ => 1,
+    // Rows share the loads of activations; the more, the further apart the streams of codes.
+    let hot = size_of_val(few.x) <= HOT;
+    let together = match (D::LANES >= 16, M) {
+        (true, 1 | 2) => 4 / (1 + usize::from(hot)),
+        (true, _) | (false, 1 | 2) => 2,
+        (false, _) => 1,
     };
     let mut n = 0;
     while n < count {
@@ -213,7 +212,7 @@ unsafe fn step<D: Dot, const M: usize, const R: usize>(
         let mut values = [d.decode(table, words[0]); R];
         for r in 0..R {
             values[r] = d.decode(table, words[r]);
-            words[r] = d.next(words[r]);
+            words[r] = d.next(words[r], s);
         }
         let mut x = x.wrapping_add(s * wide);
         for m in 0..M {

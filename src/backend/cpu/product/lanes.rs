@@ -80,8 +80,8 @@ pub trait Dot: Vector {
     /// # Safety
     /// `4 * LANES` bytes can be read at `from`.
     unsafe fn words(self, from: *const u8) -> Self::Words;
-    /// The codes of the next step.
-    fn next(self, words: Self::Words) -> Self::Words;
+    /// The codes of the step behind `step`.
+    fn next(self, words: Self::Words, step: usize) -> Self::Words;
     /// Looks up the codes of this step.
     fn decode(self, table: Self::Table, words: Self::Words) -> Self::Values;
     /// Activations of one step.

@@ -281,7 +281,7 @@ fn decode<D: Dot>(d: D, coded: &Coded<'_>, panel: &mut [u32]) {
                 for s in 0..D::STEPS {
                     let values = d.scaled(d.decode(table, codes), scale);
                     d.store_values(values, units.as_mut_ptr().add(s * rows + half * lanes));
-                    codes = d.next(codes);
+                    codes = d.next(codes, s);
                 }
             }
         }
@@ -494,9 +494,9 @@ impl<D: Dot> Tiles<D> for Coded<'_> {
                 for word in words.chunks_exact(rows) {
                     let mut low = d.words(word.as_ptr().cast());
                     let mut high = d.words(word.as_ptr().add(lanes).cast());
-                    for _ in 0..D::STEPS {
+                    for s in 0..D::STEPS {
                         let (a, b) = (d.decode(table, low), d.decode(table, high));
-                        (low, high) = (d.next(low), d.next(high));
+                        (low, high) = (d.next(low, s), d.next(high, s));
                         for (h, dot) in dot.iter_mut().enumerate() {
                             let x = d.unit(x.add(h * stride).cast());
                             *dot = [d.dot(dot[0], a, x), d.dot(dot[1], b, x)];

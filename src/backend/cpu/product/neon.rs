@@ -147,7 +147,7 @@ impl Dot for Neon {
         }
     }
     #[inline(always)]
-    fn next(self, words: Codes) -> Codes {
+    fn next(self, words: Codes, _: usize) -> Codes {
         Codes { step: words.step + 1, ..words }
     }
     #[inline(always)]

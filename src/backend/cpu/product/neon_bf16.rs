@@ -101,7 +101,7 @@ impl Dot for NeonBf16 {
         }
     }
     #[inline(always)]
-    fn next(self, words: Codes) -> Codes {
+    fn next(self, words: Codes, _: usize) -> Codes {
         Codes { step: words.step + 1, ..words }
     }
     #[inline(always)]

@@ -91,7 +91,7 @@ impl Dot for Portable {
         unsafe { from.cast::<[u32; FOUR]>().read_unaligned() }.map(u32::from_le)
     }
     #[inline(always)]
-    fn next(self, words: [u32; FOUR]) -> [u32; FOUR] {
+    fn next(self, words: [u32; FOUR], _: usize) -> [u32; FOUR] {
         words.map(|word| word >> 4)
     }
     #[inline(always)]
