@@ -5,8 +5,9 @@
 
 use super::aligned::Aligned;
 use super::engine::Engine;
-use super::many::{Panel, panel_rows};
+use super::lanes::panel_rows;
 use super::out::Out;
+use super::tiles::Panel;
 use super::{BATCH, Job, Lanes, converted, decode_dense, threads};
 use crate::backend::cpu::Cpu;
 

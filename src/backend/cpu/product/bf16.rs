@@ -33,6 +33,7 @@ impl Vector for Avx512Ext {
         fn fma(a: __m512, b: __m512, c: __m512) -> __m512;
         fn sum(x: __m512) -> f32;
         fn prefetch(address: *const u8);
+        fn prefetch_far(address: *const u8);
     }
     #[inline(always)]
     unsafe fn load(self, from: *const f32) -> __m512 {

@@ -8,10 +8,12 @@ use super::super::{
     avx2::Avx2,
     avx512::{Avx512, Avx512Ext},
 };
+use super::ahead::Ahead;
 use super::few::Few;
 use super::lanes::Dot;
-use super::many::{Ahead, Many, Panel, Scratch};
+use super::many::{Many, Scratch};
 use super::portable::Portable;
+use super::tiles::{self, Panel};
 use super::{dense, few, many};
 
 /// What the driver calls; each is documented at the function of the same name.
@@ -20,7 +22,7 @@ pub trait Engine: Dot + Send + Sync {
     fn rows(self, few: &Few<'_, Self::X>, first: usize, scales: &[f32], out: &mut [f32]);
     /// [`many::strip`]
     fn strip(self, many: &Many<'_, Self::X>, first: usize, count: usize, to: &mut Scratch<Self::X>);
-    /// [`many::tiles`]
+    /// [`tiles::tiles`]
     fn tiles(self, panel: &Panel<'_>, x: &[Self::X], stride: usize, m: usize, sums: &mut [f32]);
     /// [`dense::row`]
     fn dense_row(self, weights: &[f32], x: &[f32], out: &mut [f32]);
@@ -82,7 +84,7 @@ macro_rules! engine {
                     m: usize,
                     sums: &mut [f32],
                 ) {
-                    many::tiles(d, panel, x, stride, m, Ahead::NOTHING, sums);
+                    tiles::tiles(d, panel, x, stride, m, Ahead::NOTHING, sums);
                 }
                 $call!(inner(self, panel, x, stride, m, sums));
             }
@@ -120,7 +122,7 @@ engine!(Portable, plain);
 
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod vectors {
-    use super::{Ahead, Dot, Engine, Few, Lanes, Many, Panel, Scratch, dense, few, many};
+    use super::{Ahead, Dot, Engine, Few, Lanes, Many, Panel, Scratch, dense, few, many, tiles};
     #[cfg(target_arch = "x86_64")]
     use super::{Avx2, Avx512, Avx512Ext};
     #[cfg(target_arch = "aarch64")]

@@ -3,13 +3,10 @@
 //! The weight is read once and decoded in registers. A scale is applied to the sum over its
 //! block.
 
-use super::lanes::Dot;
+use super::lanes::{CODES, Dot};
 
 /// The most rows of activations that share one pass over the weight.
 pub const FEW: usize = 4;
-
-/// Codes of a word of four bytes.
-const CODES: usize = 8;
 
 /// Bytes of activations that stay in the first-level cache beside a stream of weights.
 const HOT: usize = 16 * 1024;

@@ -50,6 +50,8 @@ pub trait Vector: Copy {
     unsafe fn transpose(self, from: *const u32, stride: usize, to: *mut u32, to_stride: usize);
     /// Asks for the cache line at `address`, which need not exist.
     fn prefetch(self, address: *const u8);
+    /// The same, but only as near as the second-level cache.
+    fn prefetch_far(self, address: *const u8);
 }
 
 /// Dot products of packed four-bit codes with prepared activations.
@@ -110,4 +112,12 @@ pub trait Dot: Vector {
     /// # Safety
     /// `BLOCKS` numbers can be read at `from`.
     unsafe fn scales<const BLOCKS: usize>(self, from: *const f32) -> Self::F;
+}
+
+/// Codes of a word of four bytes.
+pub const CODES: usize = 8;
+
+/// Rows of the weight in a panel.
+pub const fn panel_rows<D: Dot>() -> usize {
+    2 * D::LANES
 }

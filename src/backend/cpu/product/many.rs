@@ -4,12 +4,10 @@
 //! of narrow ones), `2 * LANES` units each. It is small enough for the first-level cache and is
 //! used for all rows of activations before the next one is made.
 
+use super::ahead::Ahead;
 use super::aligned::Aligned;
-use super::lanes::Dot;
-
-/// Rows of activations in a tile: two vectors of sums each, and both kinds of sums where scales
-/// come late, leave registers for a unit of a panel.
-const TILE: usize = 6;
+use super::lanes::{CODES, Dot, panel_rows};
+use super::tiles::{Coded, Panel, TILE, Unscaled, tiles};
 
 /// Elements of a row of the weight in a panel of decoded weights; a multiple of any chunk.
 const WIDTH: usize = 256;
@@ -20,14 +18,6 @@ const CODED_WIDTH: usize = 1024;
 /// The most rows of activations for which codes are decoded again for every tile, while the sums
 /// keep the processor busy, and not once into a panel.
 const ON_THE_FLY: usize = 2 * TILE;
-
-/// Codes of a word of four bytes.
-const CODES: usize = 8;
-
-/// Rows of the weight in a panel.
-pub const fn panel_rows<D: Dot>() -> usize {
-    2 * D::LANES
-}
 
 /// Where the rows of a weight come from.
 pub enum Source<'a, X> {
@@ -96,7 +86,11 @@ pub fn strip<D: Dot>(
     match &many.source {
         Source::Codes(codes) => {
             lane_scales(d, codes, many.columns, (first, count), scratch);
-            let ahead = Ahead::of(codes, many.columns, first + count, rows);
+            let ahead = {
+                let scale_bytes = many.columns / codes.blocksize * size_of::<f32>();
+                let packed = (codes.packed, many.columns / 2);
+                Ahead::new(packed, (codes.scale_bytes, scale_bytes), first + count, rows)
+            };
             let on_the_fly = D::LATE && many.m <= ON_THE_FLY;
             let most = if on_the_fly { CODED_WIDTH } else { WIDTH };
             for k in (0..many.columns).step_by(most) {
@@ -135,52 +129,6 @@ pub fn strip<D: Dot>(
                 let panel = Panel { units: &scratch.panel };
                 let (x, ahead) = (&many.x[k..], Ahead::NOTHING);
                 tiles(d, &panel, x, many.stride, many.m, ahead, &mut scratch.sums);
-            }
-        }
-    }
-}
-
-/// Memory that will be wanted soon: the next strip, if this thread gets it.
-#[derive(Clone, Copy)]
-pub struct Ahead<'a> {
-    packed: &'a [u8],
-    scales: &'a [u8],
-}
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
-impl<'a> Ahead<'a> {
-    /// No memory.
-    pub const NOTHING: Self = Self { packed: &[], scales: &[] };
-
-    /// As many rows as a strip has, from `row` on.
-    fn of(codes: &Codes<'a>, columns: usize, row: usize, rows: usize) -> Self {
-        let bytes = columns / 2;
-        let packed = codes.packed.get(row * bytes..).unwrap_or_default();
-        let bytes_of_scales = columns / codes.blocksize * size_of::<f32>();
-        let scales = codes.scale_bytes.get(row * bytes_of_scales..).unwrap_or_default();
-        Self {
-            packed: &packed[..packed.len().min(rows * bytes)],
-            scales: &scales[..scales.len().min(rows * bytes_of_scales)],
-        }
-    }
-
-    /// The share of `width` of `columns` columns.
-    fn part(self, k: usize, width: usize, columns: usize) -> Self {
-        let cut = |bytes: &'a [u8]| {
-            &bytes[bytes.len() * k / columns..bytes.len() * (k + width) / columns]
-        };
-        Self { packed: cut(self.packed), scales: cut(self.scales) }
-    }
-
-    /// Fetches the share of tile `i` of `count`.
-    #[inline(always)]
-    fn fetch<D: Dot>(self, d: D, i: usize, count: usize) {
-        let part = self.part(i, 1, count);
-        for bytes in [part.packed, part.scales] {
-            for line in bytes.chunks(LINE) {
-                d.prefetch(line.as_ptr());
             }
         }
     }
@@ -322,220 +270,4 @@ fn from_dense<D: Dot>(
         }
     }
     scratch.panel.resize(units * rows);
-}
-
-/// Something that tiles of results are made from.
-pub trait Tiles<D: Dot> {
-    /// Units of four bytes of a row of activations that are used.
-    fn units(&self) -> usize;
-
-    /// Adds the products with `H` rows of activations to sums.
-    ///
-    /// # Safety
-    /// [`Tiles::units`] units of `H` rows of activations, `stride` apart, can be read, and `H`
-    /// rows of [`panel_rows`] sums changed.
-    unsafe fn tile<const H: usize>(&self, d: D, x: *const D::X, stride: usize, sums: *mut f32);
-}
-
-/// Decoded weights: units of [`panel_rows`] words.
-pub struct Panel<'a> {
-    /// The units.
-    pub units: &'a [u32],
-}
-
-/// Codes: words of all rows, rows in lanes.
-pub struct Coded<'a> {
-    words: &'a [u32],
-    /// Words that share their scales.
-    segment: usize,
-    scales: &'a [f32],
-    values: [f32; 16],
-}
-
-/// Adds the products of a panel with `m` rows of activations, `stride` apart, to `sums`.
-#[inline(always)]
-pub fn tiles<D: Dot, T: Tiles<D>>(
-    d: D,
-    panel: &T,
-    x: &[D::X],
-    stride: usize,
-    m: usize,
-    ahead: Ahead<'_>,
-    sums: &mut [f32],
-) {
-    let rows = panel_rows::<D>();
-    let used = panel.units() * (CODES / D::STEPS);
-    assert!(m > 0 && x.len() >= (m - 1) * stride + used && sums.len() >= m * rows);
-    let tiles = m.div_ceil(TILE);
-    let mut done = 0;
-    for i in 0..tiles {
-        // Tiles of nearly equal height: a low one is slow.
-        let height = (m - done).div_ceil(tiles - i);
-        ahead.fetch(d, i, tiles);
-        // SAFETY: the assertion counts what a tile reads and writes.
-        unsafe {
-            let x = x.as_ptr().add(done * stride);
-            let sums = sums.as_mut_ptr().add(done * rows);
-            match height {
-                1 => panel.tile::<1>(d, x, stride, sums),
-                2 => panel.tile::<2>(d, x, stride, sums),
-                3 => panel.tile::<3>(d, x, stride, sums),
-                4 => panel.tile::<4>(d, x, stride, sums),
-                5 => panel.tile::<5>(d, x, stride, sums),
-                _ => panel.tile::<TILE>(d, x, stride, sums),
-            }
-        }
-        done += height;
-    }
-}
-
-impl<D: Dot> Tiles<D> for Panel<'_> {
-    #[inline(always)]
-    fn units(&self) -> usize {
-        self.units.len() / panel_rows::<D>()
-    }
-
-    #[inline(always)]
-    unsafe fn tile<const H: usize>(&self, d: D, x: *const D::X, stride: usize, sums: *mut f32) {
-        let (rows, lanes, per) = (panel_rows::<D>(), D::LANES, CODES / D::STEPS);
-        // SAFETY: the caller's; chunks of the panel are whole units.
-        unsafe {
-            let mut acc = load_sums::<D, H>(d, sums);
-            let mut x = x;
-            for unit in self.units.chunks_exact(rows) {
-                let a = d.activations(unit.as_ptr().cast());
-                let b = d.activations(unit.as_ptr().add(lanes).cast());
-                for (h, acc) in acc.iter_mut().enumerate() {
-                    let x = d.unit(x.add(h * stride).cast());
-                    *acc = [d.dot(acc[0], a, x), d.dot(acc[1], b, x)];
-                }
-                x = x.add(per);
-            }
-            store_sums(d, acc, sums);
-        }
-    }
-}
-
-/// Decoded weights whose scales are applied to sums.
-pub struct Unscaled<'a> {
-    units: &'a [u32],
-    /// Units that share their scales.
-    segment: usize,
-    scales: &'a [f32],
-}
-
-impl<D: Dot> Tiles<D> for Unscaled<'_> {
-    #[inline(always)]
-    fn units(&self) -> usize {
-        self.units.len() / panel_rows::<D>()
-    }
-
-    #[inline(always)]
-    unsafe fn tile<const H: usize>(&self, d: D, x: *const D::X, stride: usize, sums: *mut f32) {
-        let (rows, lanes, per) = (panel_rows::<D>(), D::LANES, CODES / D::STEPS);
-        let segments = self.units.chunks(self.segment * rows);
-        // SAFETY: the caller's; chunks of units and scales are whole rows of lanes.
-        unsafe {
-            let mut acc = load_sums::<D, H>(d, sums);
-            let mut x = x;
-            for (units, scales) in segments.zip(self.scales.chunks_exact(rows)) {
-                let mut dot = [[d.splat(0.0); 2]; H];
-                for unit in units.chunks_exact(rows) {
-                    let a = d.activations(unit.as_ptr().cast());
-                    let b = d.activations(unit.as_ptr().add(lanes).cast());
-                    for (h, dot) in dot.iter_mut().enumerate() {
-                        let x = d.unit(x.add(h * stride).cast());
-                        *dot = [d.dot(dot[0], a, x), d.dot(dot[1], b, x)];
-                    }
-                    x = x.add(per);
-                }
-                apply_scales(d, scales, dot, &mut acc);
-            }
-            store_sums(d, acc, sums);
-        }
-    }
-}
-
-/// Adds sums over a segment, times their scales.
-///
-/// # Safety
-/// There are [`panel_rows`] scales.
-#[inline(always)]
-unsafe fn apply_scales<D: Dot, const H: usize>(
-    d: D,
-    scales: &[f32],
-    dot: [[D::F; 2]; H],
-    acc: &mut [[D::F; 2]; H],
-) {
-    // SAFETY: the caller's.
-    let (a, b) = unsafe { (d.load(scales.as_ptr()), d.load(scales.as_ptr().add(D::LANES))) };
-    for (acc, dot) in acc.iter_mut().zip(dot) {
-        *acc = [d.fma(dot[0], a, acc[0]), d.fma(dot[1], b, acc[1])];
-    }
-}
-
-impl<D: Dot> Tiles<D> for Coded<'_> {
-    #[inline(always)]
-    fn units(&self) -> usize {
-        self.words.len() / panel_rows::<D>() * D::STEPS
-    }
-
-    #[inline(always)]
-    unsafe fn tile<const H: usize>(&self, d: D, x: *const D::X, stride: usize, sums: *mut f32) {
-        let (rows, lanes, per) = (panel_rows::<D>(), D::LANES, CODES / D::STEPS);
-        let table = d.table(&self.values);
-        let segments = self.words.chunks(self.segment * rows);
-        // SAFETY: the caller's; chunks of words and scales are whole rows of lanes.
-        unsafe {
-            let mut acc = load_sums::<D, H>(d, sums);
-            let mut x = x;
-            for (words, scales) in segments.zip(self.scales.chunks_exact(rows)) {
-                let mut dot = [[d.splat(0.0); 2]; H];
-                for word in words.chunks_exact(rows) {
-                    let mut low = d.words(word.as_ptr().cast());
-                    let mut high = d.words(word.as_ptr().add(lanes).cast());
-                    for s in 0..D::STEPS {
-                        let (a, b) = (d.decode(table, low), d.decode(table, high));
-                        (low, high) = (d.next(low, s), d.next(high, s));
-                        for (h, dot) in dot.iter_mut().enumerate() {
-                            let x = d.unit(x.add(h * stride).cast());
-                            *dot = [d.dot(dot[0], a, x), d.dot(dot[1], b, x)];
-                        }
-                        x = x.add(per);
-                    }
-                }
-                apply_scales(d, scales, dot, &mut acc);
-            }
-            store_sums(d, acc, sums);
-        }
-    }
-}
-
-/// # Safety
-/// `H` rows of sums can be read.
-#[inline(always)]
-unsafe fn load_sums<D: Dot, const H: usize>(d: D, sums: *const f32) -> [[D::F; 2]; H] {
-    let mut acc = [[d.splat(0.0); 2]; H];
-    for (h, acc) in acc.iter_mut().enumerate() {
-        // SAFETY: the caller's.
-        unsafe {
-            let sums = sums.add(h * panel_rows::<D>());
-            *acc = [d.load(sums), d.load(sums.add(D::LANES))];
-        }
-    }
-    acc
-}
-
-/// # Safety
-/// `H` rows of sums can be written.
-#[inline(always)]
-unsafe fn store_sums<D: Dot, const H: usize>(d: D, acc: [[D::F; 2]; H], sums: *mut f32) {
-    for (h, acc) in acc.into_iter().enumerate() {
-        // SAFETY: the caller's.
-        unsafe {
-            let sums = sums.add(h * panel_rows::<D>());
-            d.store(acc[0], sums);
-            d.store(acc[1], sums.add(D::LANES));
-        }
-    }
 }

@@ -5,6 +5,7 @@
 //! the cache for more. Weights whose rows are not whole blocks of four-bit codes are decoded row
 //! by row first.
 
+mod ahead;
 mod aligned;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -25,8 +26,7 @@ mod neon;
 mod neon_bf16;
 mod out;
 mod portable;
-
-use rayon::prelude::*;
+mod tiles;
 
 use self::aligned::Aligned;
 use self::engine::Engine;
@@ -50,6 +50,12 @@ const WORTH: usize = 1 << 18;
 
 /// Bytes of packed weights in one part of the work for few rows.
 const PART: usize = 64 * 1024;
+
+/// Bytes of a page, and of the distance at which lines share a set of the first-level cache.
+const PAGE: usize = 4096;
+
+/// Bytes of a line of the cache.
+const LINE: usize = 64;
 
 /// A product, checked.
 struct Job<'a, T> {
@@ -337,13 +343,20 @@ fn many_rows<D: Engine, T: Lanes>(
     // Codes come in an order of their own; pairs come whole.
     let x: &[D::X] = if codebook.is_some() || !columns.is_multiple_of(8 / D::STEPS) {
         stride = columns.next_multiple_of(8);
+        if (stride * size_of::<D::X>()).is_multiple_of(PAGE / 4) {
+            // Rows a power of two apart would share a few sets of the cache.
+            stride += LINE / size_of::<D::X>();
+        }
         ordered.resize(m * stride);
-        job.cpu.spread(m * columns, || {
-            let rows = ordered.par_chunks_exact_mut(stride).zip(x.par_chunks_exact(columns));
-            rows.for_each(|(out, row)| match codebook {
+        let out = Out::new(&mut ordered, stride);
+        threads::share(job.threads(m), m, |i| {
+            let row = &x[i * columns..(i + 1) * columns];
+            // SAFETY: every part of the work writes a row of its own.
+            let out = unsafe { out.part(i, 0, columns.next_multiple_of(8)) };
+            match codebook {
                 Some(_) => few::prepare::<D>(row, 1, out),
                 None => out[..columns].copy_from_slice(row),
-            });
+            }
         });
         &ordered
     } else {
@@ -365,7 +378,7 @@ fn many_rows<D: Engine, T: Lanes>(
         None => Source::Dense(&decode),
     };
     let many = Many { source, columns, m, x, stride };
-    let rows = many::panel_rows::<D>();
+    let rows = lanes::panel_rows::<D>();
     let (threads, strips) = (job.threads(m), job.rows.div_ceil(rows));
     // A few strips to a part: while one is multiplied the next is fetched.
     let run = (strips / (threads * 8)).clamp(1, 8);

@@ -92,6 +92,14 @@ impl Vector for Neon {
                 options(readonly, nostack, preserves_flags));
         }
     }
+    #[inline(always)]
+    fn prefetch_far(self, address: *const u8) {
+        // SAFETY: a prefetch reads nothing; any address will do.
+        unsafe {
+            asm!("prfm pldl2keep, [{}]", in(reg) address,
+                options(readonly, nostack, preserves_flags));
+        }
+    }
 }
 
 /// Transposes a square of four by four words.

@@ -42,6 +42,7 @@ impl Vector for NeonBf16 {
         fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
         fn sum(x: Self::F) -> f32;
         fn prefetch(address: *const u8);
+        fn prefetch_far(address: *const u8);
     }
     #[inline(always)]
     unsafe fn load(self, from: *const f32) -> Self::F {

@@ -71,6 +71,8 @@ impl Vector for Portable {
     }
     #[inline(always)]
     fn prefetch(self, _: *const u8) {}
+    #[inline(always)]
+    fn prefetch_far(self, _: *const u8) {}
 }
 
 impl Dot for Portable {

@@ -1,0 +1,283 @@
+//! Tiles of results in registers: some rows of activations times a panel of weights.
+
+use super::ahead::{Ahead, Steps};
+use super::lanes::{CODES, Dot, panel_rows};
+
+/// Rows of activations in a tile: two vectors of sums each, and both kinds of sums where scales
+/// come late, leave registers for a unit of a panel.
+pub const TILE: usize = 6;
+
+/// Units of a panel without segments of its own between two fetches.
+const SEGMENT: usize = 32;
+
+/// Something that tiles of results are made from.
+pub trait Tiles<D: Dot> {
+    /// Units of four bytes of a row of activations that are used.
+    fn units(&self) -> usize;
+
+    /// Stretches of units between which there is time for something else.
+    fn segments(&self) -> usize;
+
+    /// Adds the products with `H` rows of activations to sums.
+    ///
+    /// # Safety
+    /// [`Tiles::units`] units of `H` rows of activations, `stride` apart, can be read, and `H`
+    /// rows of [`panel_rows`] sums changed.
+    unsafe fn tile<const H: usize>(
+        &self,
+        d: D,
+        x: *const D::X,
+        stride: usize,
+        ahead: &mut Steps<'_>,
+        sums: *mut f32,
+    );
+}
+
+/// Decoded weights: units of [`panel_rows`] words.
+pub struct Panel<'a> {
+    /// The units.
+    pub units: &'a [u32],
+}
+
+/// Codes: words of all rows, rows in lanes.
+pub struct Coded<'a> {
+    /// The words.
+    pub words: &'a [u32],
+    /// Words that share their scales.
+    pub segment: usize,
+    /// [`panel_rows`] scales of each segment.
+    pub scales: &'a [f32],
+    /// The codebook.
+    pub values: [f32; 16],
+}
+
+/// Adds the products of a panel with `m` rows of activations, `stride` apart, to `sums`.
+#[inline(always)]
+pub fn tiles<D: Dot, T: Tiles<D>>(
+    d: D,
+    panel: &T,
+    x: &[D::X],
+    stride: usize,
+    m: usize,
+    ahead: Ahead<'_>,
+    sums: &mut [f32],
+) {
+    let rows = panel_rows::<D>();
+    let used = panel.units() * (CODES / D::STEPS);
+    assert!(m > 0 && x.len() >= (m - 1) * stride + used && sums.len() >= m * rows);
+    let tiles = m.div_ceil(TILE);
+    let mut ahead = ahead.steps(tiles * panel.segments());
+    let mut done = 0;
+    for i in 0..tiles {
+        // Tiles of nearly equal height: a low one is slow.
+        let height = (m - done).div_ceil(tiles - i);
+        // SAFETY: the assertion counts what a tile reads and writes.
+        unsafe {
+            let x = x.as_ptr().add(done * stride);
+            let sums = sums.as_mut_ptr().add(done * rows);
+            match height {
+                1 => panel.tile::<1>(d, x, stride, &mut ahead, sums),
+                2 => panel.tile::<2>(d, x, stride, &mut ahead, sums),
+                3 => panel.tile::<3>(d, x, stride, &mut ahead, sums),
+                4 => panel.tile::<4>(d, x, stride, &mut ahead, sums),
+                5 => panel.tile::<5>(d, x, stride, &mut ahead, sums),
+                _ => panel.tile::<TILE>(d, x, stride, &mut ahead, sums),
+            }
+        }
+        done += height;
+    }
+}
+
+impl<D: Dot> Tiles<D> for Panel<'_> {
+    #[inline(always)]
+    fn units(&self) -> usize {
+        self.units.len() / panel_rows::<D>()
+    }
+
+    #[inline(always)]
+    fn segments(&self) -> usize {
+        self.units.len().div_ceil(SEGMENT * panel_rows::<D>())
+    }
+
+    #[inline(always)]
+    unsafe fn tile<const H: usize>(
+        &self,
+        d: D,
+        x: *const D::X,
+        stride: usize,
+        ahead: &mut Steps<'_>,
+        sums: *mut f32,
+    ) {
+        let (rows, lanes, per) = (panel_rows::<D>(), D::LANES, CODES / D::STEPS);
+        // SAFETY: the caller's; chunks of the panel are whole units.
+        unsafe {
+            let mut acc = load_sums::<D, H>(d, sums);
+            let mut x = x;
+            for segment in self.units.chunks(SEGMENT * rows) {
+                ahead.fetch(d);
+                for unit in segment.chunks_exact(rows) {
+                    let a = d.activations(unit.as_ptr().cast());
+                    let b = d.activations(unit.as_ptr().add(lanes).cast());
+                    for (h, acc) in acc.iter_mut().enumerate() {
+                        let x = d.unit(x.add(h * stride).cast());
+                        *acc = [d.dot(acc[0], a, x), d.dot(acc[1], b, x)];
+                    }
+                    x = x.add(per);
+                }
+            }
+            store_sums(d, acc, sums);
+        }
+    }
+}
+
+/// Decoded weights whose scales are applied to sums.
+pub struct Unscaled<'a> {
+    /// Units of [`panel_rows`] words.
+    pub units: &'a [u32],
+    /// Units that share their scales.
+    pub segment: usize,
+    /// [`panel_rows`] scales of each segment.
+    pub scales: &'a [f32],
+}
+
+impl<D: Dot> Tiles<D> for Unscaled<'_> {
+    #[inline(always)]
+    fn units(&self) -> usize {
+        self.units.len() / panel_rows::<D>()
+    }
+
+    #[inline(always)]
+    fn segments(&self) -> usize {
+        self.units.len().div_ceil(self.segment * panel_rows::<D>())
+    }
+
+    #[inline(always)]
+    unsafe fn tile<const H: usize>(
+        &self,
+        d: D,
+        x: *const D::X,
+        stride: usize,
+        ahead: &mut Steps<'_>,
+        sums: *mut f32,
+    ) {
+        let (rows, lanes, per) = (panel_rows::<D>(), D::LANES, CODES / D::STEPS);
+        let segments = self.units.chunks(self.segment * rows);
+        // SAFETY: the caller's; chunks of units and scales are whole rows of lanes.
+        unsafe {
+            let mut acc = load_sums::<D, H>(d, sums);
+            let mut x = x;
+            for (units, scales) in segments.zip(self.scales.chunks_exact(rows)) {
+                ahead.fetch(d);
+                let mut dot = [[d.splat(0.0); 2]; H];
+                for unit in units.chunks_exact(rows) {
+                    let a = d.activations(unit.as_ptr().cast());
+                    let b = d.activations(unit.as_ptr().add(lanes).cast());
+                    for (h, dot) in dot.iter_mut().enumerate() {
+                        let x = d.unit(x.add(h * stride).cast());
+                        *dot = [d.dot(dot[0], a, x), d.dot(dot[1], b, x)];
+                    }
+                    x = x.add(per);
+                }
+                apply_scales(d, scales, dot, &mut acc);
+            }
+            store_sums(d, acc, sums);
+        }
+    }
+}
+
+/// Adds sums over a segment, times their scales.
+///
+/// # Safety
+/// There are [`panel_rows`] scales.
+#[inline(always)]
+unsafe fn apply_scales<D: Dot, const H: usize>(
+    d: D,
+    scales: &[f32],
+    dot: [[D::F; 2]; H],
+    acc: &mut [[D::F; 2]; H],
+) {
+    // SAFETY: the caller's.
+    let (a, b) = unsafe { (d.load(scales.as_ptr()), d.load(scales.as_ptr().add(D::LANES))) };
+    for (acc, dot) in acc.iter_mut().zip(dot) {
+        *acc = [d.fma(dot[0], a, acc[0]), d.fma(dot[1], b, acc[1])];
+    }
+}
+
+impl<D: Dot> Tiles<D> for Coded<'_> {
+    #[inline(always)]
+    fn units(&self) -> usize {
+        self.words.len() / panel_rows::<D>() * D::STEPS
+    }
+
+    #[inline(always)]
+    fn segments(&self) -> usize {
+        self.words.len().div_ceil(self.segment * panel_rows::<D>())
+    }
+
+    #[inline(always)]
+    unsafe fn tile<const H: usize>(
+        &self,
+        d: D,
+        x: *const D::X,
+        stride: usize,
+        ahead: &mut Steps<'_>,
+        sums: *mut f32,
+    ) {
+        let (rows, lanes, per) = (panel_rows::<D>(), D::LANES, CODES / D::STEPS);
+        let table = d.table(&self.values);
+        let segments = self.words.chunks(self.segment * rows);
+        // SAFETY: the caller's; chunks of words and scales are whole rows of lanes.
+        unsafe {
+            let mut acc = load_sums::<D, H>(d, sums);
+            let mut x = x;
+            for (words, scales) in segments.zip(self.scales.chunks_exact(rows)) {
+                ahead.fetch(d);
+                let mut dot = [[d.splat(0.0); 2]; H];
+                for word in words.chunks_exact(rows) {
+                    let mut low = d.words(word.as_ptr().cast());
+                    let mut high = d.words(word.as_ptr().add(lanes).cast());
+                    for s in 0..D::STEPS {
+                        let (a, b) = (d.decode(table, low), d.decode(table, high));
+                        (low, high) = (d.next(low, s), d.next(high, s));
+                        for (h, dot) in dot.iter_mut().enumerate() {
+                            let x = d.unit(x.add(h * stride).cast());
+                            *dot = [d.dot(dot[0], a, x), d.dot(dot[1], b, x)];
+                        }
+                        x = x.add(per);
+                    }
+                }
+                apply_scales(d, scales, dot, &mut acc);
+            }
+            store_sums(d, acc, sums);
+        }
+    }
+}
+
+/// # Safety
+/// `H` rows of sums can be read.
+#[inline(always)]
+unsafe fn load_sums<D: Dot, const H: usize>(d: D, sums: *const f32) -> [[D::F; 2]; H] {
+    let mut acc = [[d.splat(0.0); 2]; H];
+    for (h, acc) in acc.iter_mut().enumerate() {
+        // SAFETY: the caller's.
+        unsafe {
+            let sums = sums.add(h * panel_rows::<D>());
+            *acc = [d.load(sums), d.load(sums.add(D::LANES))];
+        }
+    }
+    acc
+}
+
+/// # Safety
+/// `H` rows of sums can be written.
+#[inline(always)]
+unsafe fn store_sums<D: Dot, const H: usize>(d: D, acc: [[D::F; 2]; H], sums: *mut f32) {
+    for (h, acc) in acc.into_iter().enumerate() {
+        // SAFETY: the caller's.
+        unsafe {
+            let sums = sums.add(h * panel_rows::<D>());
+            d.store(acc[0], sums);
+            d.store(acc[1], sums.add(D::LANES));
+        }
+    }
+}
