@@ -60,7 +60,7 @@ def _integer_linear_cpu(
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], shape[0])
     bias = None if bias is None else bias.contiguous()
-    threads = ops.product_threads()
+    threads = ops.kernel_threads()
     _core.integer_linear(memory(x), parts, optional_memory(bias), memory(out), threads)
     return out
 

@@ -111,7 +111,7 @@ def _quantize_cpu(
         blocksize,
         x.shape,
     )
-    _core.quantize(memory(x), parts, reference, nonfinite)
+    _core.quantize(memory(x), parts, reference, nonfinite, kernel_threads())
     return out
 
 
@@ -148,7 +148,7 @@ def _dequantize_cpu(
     parts = weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
     out = packed.new_empty(tuple(shape), dtype=dtype)
     _expect_to_fill(out)
-    _core.dequantize(parts, memory(out))
+    _core.dequantize(parts, memory(out), 0, kernel_threads())
     return out
 
 
@@ -200,7 +200,7 @@ def _dequantize_out_cpu(
 ) -> None:
     _check_out(packed, shape, out)
     parts = weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
-    _core.dequantize(parts, memory(out))
+    _core.dequantize(parts, memory(out), 0, kernel_threads())
 
 
 @torch.library.impl("nybble::dequantize_out", "CompositeExplicitAutograd")
@@ -245,8 +245,8 @@ def _threads_asked_for() -> int | None:
 _THREADS = _threads_asked_for()  # once, like everything that is read from the environment
 
 
-def product_threads() -> int:
-    """Threads of a product: `NYBBLE_NUM_THREADS`, else as many as torch uses at the moment."""
+def kernel_threads() -> int:
+    """Threads of a kernel: `NYBBLE_NUM_THREADS`, else as many as torch uses at the moment."""
     return torch.get_num_threads() if _THREADS is None else _THREADS
 
 
@@ -353,7 +353,7 @@ def _int8_linear_cpu(
     out = x.new_empty(*x.shape[:-1], packed.shape[0])
     parts = weight(packed.contiguous(), absmax, None, None, "int8", 0, packed.shape)
     bias = None if bias is None else bias.contiguous()
-    threads = product_threads()
+    threads = kernel_threads()
     _core.int8_linear(memory(x), parts, optional_memory(bias), threshold, memory(out), threads)
     return out
 

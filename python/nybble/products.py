@@ -44,7 +44,7 @@ def _product(prepared: _core.Prepared, x: Tensor, bias: Tensor | None, rows: int
     # Slices of shapes are slow.
     shape = (x.shape[0], rows) if x.dim() == 2 else (*x.shape[:-1], rows)
     out = x.new_empty(shape)
-    prepared.linear(memory(x), optional_memory(bias), memory(out), ops.product_threads())
+    prepared.linear(memory(x), optional_memory(bias), memory(out), ops.kernel_threads())
     return out
 
 
@@ -85,7 +85,7 @@ def _backward_cpu(
     grad = grad.contiguous()
     out = grad.new_empty((*grad.shape[:-1], shape[1]))
     _core.Prepared(ops.weight(*weight)).linear_backward(
-        memory(grad), memory(out), ops.product_threads()
+        memory(grad), memory(out), ops.kernel_threads()
     )
     return out
 

@@ -129,20 +129,21 @@ fn one(offset: &[f32]) -> Result<f32> {
 /// Quantizes `x` into `packed`, `absmax` and, for nested scales, `nested_absmax` and
 /// `nested_offset`.
 #[pyfunction]
-#[pyo3(signature = (x, weight, reference="exact", nonfinite="error"))]
+#[pyo3(signature = (x, weight, reference="exact", nonfinite="error", threads=None))]
 pub fn quantize(
     py: Python<'_>,
     x: Memory,
     weight: Weight,
     reference: &str,
     nonfinite: &str,
+    threads: Option<usize>,
 ) -> PyResult<()> {
     let how = Quantizer {
         reference: Reference::parse(reference)?,
         nonfinite: NonFinite::parse(nonfinite)?,
         stats: false,
     };
-    let cpu = Cpu::new(None)?;
+    let cpu = Cpu::new(threads)?;
     let Weight(format, shape, blocksize, packed, absmax, nested_absmax, nested_offset) = weight;
     let format = Format::parse_quantized(&format)?;
     let layout = Layout::new(format, &shape, Some(blocksize), nested_absmax.is_some())?;
@@ -172,9 +173,15 @@ pub fn quantize(
 
 /// Decodes the elements from flat position `first` on, as many as `out` holds.
 #[pyfunction]
-#[pyo3(signature = (weight, out, first=0))]
-pub fn dequantize(py: Python<'_>, weight: Weight, out: Memory, first: usize) -> PyResult<()> {
-    let (q, cpu) = (weight.checked()?, Cpu::new(None)?);
+#[pyo3(signature = (weight, out, first=0, threads=None))]
+pub fn dequantize(
+    py: Python<'_>,
+    weight: Weight,
+    out: Memory,
+    first: usize,
+    threads: Option<usize>,
+) -> PyResult<()> {
+    let (q, cpu) = (weight.checked()?, Cpu::new(threads)?);
     with_element!(float(out)?, T => {
         let out = out.slice_mut::<T>()?;
         py.detach(|| cpu.dequantize_range(&q, first, out))

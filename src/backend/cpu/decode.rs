@@ -1,7 +1,6 @@
 //! Dequantization of a whole tensor, of any range of it, and of chosen rows.
 
-use rayon::prelude::*;
-
+use super::threads::share_items;
 use super::{Cpu, Kernels, Lanes, RUN, stream};
 use crate::error::{Error, Result};
 use crate::format::Decode;
@@ -45,10 +44,10 @@ impl Cpu {
         let kernels = Kernels::<T>::of(self.isa);
         let read = body.len() / 8 * usize::from(q.layout().format.spec().bits);
         let large = stream::is_large(read, size_of_val(body));
-        self.spread(body.len(), || {
-            body.par_chunks_mut(run).enumerate().for_each(|(i, out)| {
-                decode_run(&kernels, q, first / block + i * (run / block), out, large);
-            });
+        let elements = body.len();
+        let runs = body.chunks_mut(run).enumerate();
+        share_items(self.threads_for(elements), runs, |(i, out)| {
+            decode_run(&kernels, q, first / block + i * (run / block), out, large);
         });
         Ok(())
     }
@@ -73,12 +72,13 @@ impl Cpu {
             return Err(Error::Row { index: *row, rows: count });
         }
         let one = Cpu { threads: 1, ..*self };
-        self.spread(out.len(), || {
-            out.par_chunks_mut(columns)
-                .zip(rows)
-                .with_min_len(RUN.div_ceil(columns))
-                .try_for_each(|(out, row)| one.dequantize_range(q, *row as usize * columns, out))
-        })
+        let (elements, together) = (out.len(), RUN.div_ceil(columns));
+        let runs = out.chunks_mut(columns * together).zip(rows.chunks(together));
+        let done = share_items(self.threads_for(elements), runs, |(out, rows)| {
+            let mut each = out.chunks_exact_mut(columns).zip(rows);
+            each.try_for_each(|(out, row)| one.dequantize_range(q, *row as usize * columns, out))
+        });
+        done.into_iter().collect()
     }
 }
 

@@ -57,9 +57,8 @@ impl Cpu {
         self.isa
     }
 
-    /// Spreads `work` over the threads, if a tensor of `elements` is worth it. A small one must
-    /// come in one piece, so that rayon does not send it to threads either.
-    fn spread<R: Send>(&self, elements: usize, work: impl FnOnce() -> R + Send) -> R {
-        if elements <= RUN { work() } else { threads::spread(self.threads, work) }
+    /// The threads that a tensor of `elements` is worth.
+    const fn threads_for(&self, elements: usize) -> usize {
+        if elements <= RUN { 1 } else { self.threads }
     }
 }

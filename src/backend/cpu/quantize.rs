@@ -1,7 +1,6 @@
 //! Quantization of a whole tensor, with refusal or repair of non-finite values and statistics.
 
-use rayon::prelude::*;
-
+use super::threads::share_items;
 use super::{Cpu, Kernels, Lanes, RUN};
 use crate::error::{Error, Result};
 use crate::format::{Decode, Scale};
@@ -49,16 +48,11 @@ impl Cpu {
         let run = (RUN / block).max(1) * block;
         let kernels = Kernels::<T>::of(self.isa);
         let packed_run = if layout.format.spec().bits == 4 { run / 2 } else { run };
-        let runs: Vec<Result<Found>> = self.spread(x.len(), || {
-            x.par_chunks(run)
-                .zip(packed.par_chunks_mut(packed_run))
-                .zip(scales.par_chunks_mut(run / block))
-                .enumerate()
-                .map(|(i, ((x, packed), scales))| {
-                    let job = Run { layout, how, isa: self, kernels: &kernels };
-                    job.quantize(x, packed, scales).map_err(|error| shift(error, i * run))
-                })
-                .collect()
+        let runs = x.chunks(run).zip(packed.chunks_mut(packed_run));
+        let runs = runs.zip(scales.chunks_mut(run / block)).enumerate();
+        let runs = share_items(self.threads_for(x.len()), runs, |(i, ((x, packed), scales))| {
+            let job = Run { layout, how, isa: self, kernels: &kernels };
+            job.quantize(x, packed, scales).map_err(|error| shift(error, i * run))
         });
         runs.into_iter().try_fold(how.stats.then(Stats::default), |total, run| {
             Ok(match (total, run?) {
@@ -135,22 +129,22 @@ impl Cpu {
             Vec::new()
         };
         let kernels = Kernels::<T>::of(self.isa);
-        self.spread(x.len(), || {
-            x.par_chunks(columns)
-                .zip(codes.par_chunks_mut(columns))
-                .zip(absmax.par_iter_mut())
-                .with_min_len(RUN.div_ceil(columns))
-                .for_each(|((x, codes), absmax)| {
-                    *absmax = if outliers.is_empty() {
-                        (kernels.quantize_row)(x, codes)
-                    } else {
-                        let mut inliers = x.to_vec();
-                        for column in &outliers {
-                            inliers[*column] = T::default();
-                        }
-                        (kernels.quantize_row)(&inliers, codes)
-                    };
-                });
+        let together = RUN.div_ceil(columns);
+        let runs = x.chunks(columns * together).zip(codes.chunks_mut(columns * together));
+        let runs = runs.zip(absmax.chunks_mut(together));
+        share_items(self.threads_for(x.len()), runs, |((x, codes), absmax)| {
+            let rows = x.chunks_exact(columns).zip(codes.chunks_exact_mut(columns)).zip(absmax);
+            for ((x, codes), absmax) in rows {
+                *absmax = if outliers.is_empty() {
+                    (kernels.quantize_row)(x, codes)
+                } else {
+                    let mut inliers = x.to_vec();
+                    for column in &outliers {
+                        inliers[*column] = T::default();
+                    }
+                    (kernels.quantize_row)(&inliers, codes)
+                };
+            }
         });
         match absmax.iter().position(|absmax| !absmax.is_finite()) {
             None => Ok(outliers),
@@ -171,19 +165,15 @@ impl Cpu {
         let run = (RUN / block).max(1) * block;
         let one = Cpu { threads: 1, ..*self };
         let kernels = Kernels::<T>::of(self.isa);
-        let runs: Vec<Result<Stats>> = self.spread(x.len(), || {
-            x.par_chunks(run)
-                .enumerate()
-                .map(|(i, x)| {
-                    let mut decoded = vec![0f32; x.len()];
-                    one.dequantize_range(q, i * run, &mut decoded)?;
-                    let mut scales = vec![0f32; x.len().div_ceil(block)];
-                    q.scales().decode(i * run / block, &mut scales);
-                    let mut stats = Stats::default();
-                    (kernels.compare)(x, &decoded, block, &scales, &mut stats);
-                    Ok(stats)
-                })
-                .collect()
+        let runs = x.chunks(run).enumerate();
+        let runs: Vec<Result<Stats>> = share_items(self.threads_for(x.len()), runs, |(i, x)| {
+            let mut decoded = vec![0f32; x.len()];
+            one.dequantize_range(q, i * run, &mut decoded)?;
+            let mut scales = vec![0f32; x.len().div_ceil(block)];
+            q.scales().decode(i * run / block, &mut scales);
+            let mut stats = Stats::default();
+            (kernels.compare)(x, &decoded, block, &scales, &mut stats);
+            Ok(stats)
         });
         runs.into_iter().try_fold(Stats::default(), |mut total, run| {
             total.merge(&run?);

@@ -81,6 +81,30 @@ pub fn share(threads: usize, parts: usize, work: impl Fn(usize) + Sync) {
     }
 }
 
+/// Calls `work` for each item, on at most `threads` threads; results are in the order of the items.
+pub fn share_items<I: Send, R: Send>(
+    threads: usize,
+    items: impl ExactSizeIterator<Item = I> + Send,
+    work: impl Fn(I) -> R + Sync,
+) -> Vec<R> {
+    let count = items.len();
+    if threads <= 1 || count <= 1 {
+        return items.map(work).collect();
+    }
+    let items = Mutex::new(items.enumerate());
+    let done = Mutex::new(Vec::with_capacity(count));
+    share(threads, count, |_| {
+        let item = items.lock().unwrap_or_else(PoisonError::into_inner).next();
+        if let Some((i, item)) = item {
+            let result = work(item);
+            done.lock().unwrap_or_else(PoisonError::into_inner).push((i, result));
+        }
+    });
+    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    done.sort_unstable_by_key(|(i, _)| *i);
+    done.into_iter().map(|(_, result)| result).collect()
+}
+
 /// A pool of `threads` threads; of more will do if they are `enough`.
 fn pool(threads: usize, enough: bool) -> Option<Arc<ThreadPool>> {
     let process = std::process::id();
@@ -129,6 +153,14 @@ mod tests {
                 done[part].fetch_add(1, Ordering::Relaxed);
             });
             assert!(done.iter().all(|done| done.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    #[test]
+    fn results_come_in_the_order_of_the_items() {
+        for threads in [1, 2, 5] {
+            let squares = share_items(threads, 0..1000usize, |i| i * i);
+            assert!(squares.iter().enumerate().all(|(i, square)| *square == i * i));
         }
     }
 }
