@@ -4,7 +4,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use super::memory::Memory;
-use crate::backend::cpu::{Cpu, Isa, Quantizer, features, stream, threads};
+use crate::backend::cpu::{Cpu, Isa, Quantizer, features, fresh, threads};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::format::{Decode, Format, Scale};
@@ -192,7 +192,7 @@ pub fn dequantize(
 /// Asks for large pages under memory that was just allocated and is to be filled.
 #[pyfunction]
 pub fn prefer_huge_pages(fresh: Memory) -> PyResult<()> {
-    stream::prefer_huge_pages(fresh.bytes_mut()?);
+    fresh::prefer_huge_pages(fresh.bytes_mut()?);
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! Dequantization of a whole tensor, of any range of it, and of chosen rows.
 
 use super::threads::share_items;
-use super::{Cpu, Kernels, Lanes, RUN, stream};
+use super::{Cpu, Kernels, Lanes, RUN};
 use crate::error::{Error, Result};
 use crate::format::Decode;
 use crate::pack::check_len;
@@ -42,12 +42,10 @@ impl Cpu {
         let first = first + head.len();
         let run = (RUN / block).max(1) * block;
         let kernels = Kernels::<T>::of(self.isa);
-        let read = body.len() / 8 * usize::from(q.layout().format.spec().bits);
-        let large = stream::is_large(read, size_of_val(body));
         let elements = body.len();
         let runs = body.chunks_mut(run).enumerate();
         share_items(self.threads_for(elements), runs, |(i, out)| {
-            decode_run(&kernels, q, first / block + i * (run / block), out, large);
+            decode_run(&kernels, q, first / block + i * (run / block), out);
         });
         Ok(())
     }
@@ -82,15 +80,8 @@ impl Cpu {
     }
 }
 
-/// Decodes whole blocks from block `first` on, past the caches if they are `large`; the last may
-/// be short.
-fn decode_run<T: Lanes>(
-    kernels: &Kernels<T>,
-    q: &QTensor<'_>,
-    first: usize,
-    out: &mut [T],
-    large: bool,
-) {
+/// Decodes whole blocks from block `first` on; the last may be short.
+fn decode_run<T: Lanes>(kernels: &Kernels<T>, q: &QTensor<'_>, first: usize, out: &mut [T]) {
     let layout = q.layout();
     let block = layout.blocksize.max(1);
     let mut decoded = Vec::new();
@@ -108,35 +99,7 @@ fn decode_run<T: Lanes>(
         Decode::Codebook4(_) => &q.packed()[first * block / 2..],
         _ => &q.packed()[first * block..],
     };
-    if !large {
-        return decode_blocks(kernels, decode, block, codes, scales, out);
-    }
-    let mut scratch = [T::default(); stream::PIECE];
-    let mut piecewise = |block: usize, codes: &[u8], scales: &[f32], out: &mut [T]| {
-        let blocks = match decode {
-            // A table of 256 values takes a while to prepare.
-            Decode::Codebook8(_) => stream::PIECE / block,
-            _ => (stream::STEP / block).max(1),
-        };
-        let piece = blocks * block;
-        let bytes = if matches!(decode, Decode::Codebook4(_)) { piece / 2 } else { piece };
-        let parts = out.chunks_mut(piece).zip(codes.chunks(bytes)).zip(scales.chunks(blocks));
-        for ((out, codes), scales) in parts {
-            let scratch = &mut scratch[..out.len()];
-            decode_blocks(kernels, decode, block, codes, scales, scratch);
-            stream::copy(kernels.isa, bytemuck::cast_slice(scratch), bytemuck::cast_slice_mut(out));
-        }
-    };
-    if block <= stream::PIECE {
-        piecewise(block, codes, scales, out);
-    } else {
-        // A long row of int8: every piece of it has the row's scale.
-        for ((out, codes), scale) in out.chunks_mut(block).zip(codes.chunks(block)).zip(scales) {
-            let scales = vec![*scale; block.div_ceil(stream::PIECE)];
-            piecewise(stream::PIECE, codes, &scales, out);
-        }
-    }
-    stream::fence();
+    decode_blocks(kernels, decode, block, codes, scales, out);
 }
 
 /// Decodes as many elements as `out` holds, beginning with a block.

@@ -9,6 +9,7 @@ mod avx2;
 mod avx512;
 mod decode;
 mod features;
+pub mod fresh;
 pub mod integer;
 pub mod kernels;
 #[cfg(target_arch = "aarch64")]
@@ -18,7 +19,6 @@ mod product;
 mod quantize;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod simd;
-pub mod stream;
 pub mod threads;
 #[cfg(target_arch = "x86_64")]
 mod vbmi;

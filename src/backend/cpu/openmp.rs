@@ -13,7 +13,7 @@ type Parallel = unsafe extern "C" fn(unsafe extern "C" fn(*mut Work), *mut Work,
 
 /// What a team does.
 struct Work {
-    take: *const (dyn Fn() + Sync),
+    take: &'static (dyn Fn() + Sync),
     failed: AtomicBool,
 }
 
@@ -26,9 +26,7 @@ pub fn run(threads: usize, take: &(dyn Fn() + Sync)) -> bool {
     let (Some(parallel), Ok(threads)) = (parallel(), u32::try_from(threads)) else { return false };
     // SAFETY: only the lifetime is changed; the work outlives the team's use of it.
     let take = unsafe {
-        std::mem::transmute::<*const (dyn Fn() + Sync + '_), *const (dyn Fn() + Sync + 'static)>(
-            take,
-        )
+        std::mem::transmute::<&(dyn Fn() + Sync), &'static (dyn Fn() + Sync + 'static)>(take)
     };
     let mut work = Work { take, failed: AtomicBool::new(false) };
     // SAFETY: the function is what its name says; it returns when no thread uses `work` any more.
@@ -41,7 +39,7 @@ pub fn run(threads: usize, take: &(dyn Fn() + Sync)) -> bool {
 /// `work` is what [`run`] made, shared by all threads of the team.
 unsafe extern "C" fn enter(work: *mut Work) {
     // SAFETY: the caller's; all threads only read, or store to an atomic.
-    let (take, failed) = unsafe { (&*(*work).take, &(*work).failed) };
+    let (take, failed) = unsafe { ((*work).take, &(*work).failed) };
     // Nothing may unwind into C.
     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(take)).is_err() {
         failed.store(true, Ordering::Relaxed);
