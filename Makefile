@@ -4,7 +4,7 @@ CHECK = scripts/check.sh
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo fmt lint wheel test test-rust test-python test-slow test-avx512 test-neon bench lock clean
+.PHONY: help venv dev demo fmt lint wheel test test-rust test-python test-slow test-avx512 test-asan test-neon bench lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ test-avx512: ## the kernels' tests on an emulated AVX-512 machine (Debian; build
 
 test-neon: ## the Rust tests on an emulated aarch64 machine (Debian; fetches it once)
 	@scripts/test_neon.sh
+
+test-asan: ## the kernels' tests with AddressSanitizer
+	@scripts/test_asan.sh
 
 bench: dev ## Rust and Python benchmarks
 	@$(CHECK) bench
