@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ class QTensor:
         nested_absmax: float32 scale of each 256 scales, or None.
         nested_offset: 0-d float32 mean of the scales, or None.
         numpy: Whether it was made from a numpy array, and decodes to one.
+        memo: What products remember of it.
     """
 
     packed: torch.Tensor
@@ -43,6 +43,7 @@ class QTensor:
     nested_absmax: torch.Tensor | None = None
     nested_offset: torch.Tensor | None = None
     numpy: bool = False
+    memo: Memo = field(default_factory=Memo, init=False, repr=False)
 
     @property
     def nested(self) -> bool:
@@ -66,15 +67,10 @@ class QTensor:
         """The tensors, in the order in which the ops take them."""
         return self.packed, self.absmax, self.nested_absmax, self.nested_offset
 
-    @cached_property
+    @property
     def how(self) -> tuple[str, int, list[int]]:
         """Format, block size and shape, in the order in which the ops take them."""
         return self.format, self.blocksize, list(self.shape)
-
-    @cached_property
-    def memo(self) -> Memo:
-        """What products remember of it."""
-        return Memo()
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,12 @@ def theirs(kind: dict[str, Any]) -> Any:
 def decoded(module: nn.Module) -> torch.Tensor:
     weight: Any = module.weight
     if isinstance(module, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        # As one long row: with AVX-512, bitsandbytes finds the scale of a block by its row, which
+        # is wrong where rows are not whole blocks.
+        state = copy.copy(weight.quant_state)
+        state.shape = torch.Size([math.prod(state.shape)])
+        flat = bnb.functional.dequantize_4bit(weight.data, state)
+        return flat.reshape(weight.quant_state.shape)
     return bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
 
 
