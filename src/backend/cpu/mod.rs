@@ -3,6 +3,7 @@
 //! Work is cut into runs of whole blocks (or rows); every run is done by one kernel call, so a
 //! result does not depend on the number of threads.
 
+mod aligned;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]

@@ -5,6 +5,7 @@ use super::dot::Dot;
 use super::job::{Eight, Four, Out};
 use super::rows::{INVERSE_SQUARE, outlier};
 use crate::backend::cpu::Lanes;
+use crate::backend::cpu::aligned::Aligned;
 use crate::quant::integer::GROUP;
 
 /// Columns of a panel: a multiple of [`GROUP`].
@@ -183,9 +184,10 @@ macro_rules! tiles {
 pub fn four<D: Dot, T: Lanes>(d: D, job: &Four<'_>, panel: usize, first: usize, out: &Out<'_, T>) {
     let rows = 2 * D::LANES;
     let tokens = TOKENS.min(job.x.tokens - first);
-    let mut integers = vec![0u8; rows * DEPTH.min(job.columns).next_multiple_of(8 * D::LANES)];
-    let mut scales = vec![0f32; rows * (DEPTH.min(job.columns) / job.unit())];
-    let mut sums = vec![0f32; rows * tokens];
+    let depth = DEPTH.min(job.columns);
+    let mut integers = Aligned::zeroed(rows * depth.next_multiple_of(8 * D::LANES));
+    let mut scales = Aligned::zeroed(rows * (depth / job.unit()));
+    let mut sums = Aligned::zeroed(rows * tokens);
     for start in (0..job.columns).step_by(DEPTH) {
         let end = (start + DEPTH).min(job.columns);
         decode_four(d, job, panel * rows, start..end, &mut integers, &mut scales);
@@ -292,8 +294,9 @@ pub fn eight<D: Dot, T: Lanes>(
         }
         bytemuck::cast_slice(&job.weight[row * of_row..(row + 1) * of_row])
     };
-    let mut integers = vec![0u8; rows * DEPTH.min(job.columns).next_multiple_of(4 * D::LANES)];
-    let mut sums = vec![0i32; rows * tokens];
+    let depth = DEPTH.min(job.columns).next_multiple_of(4 * D::LANES);
+    let mut integers = Aligned::zeroed(rows * depth);
+    let mut sums = Aligned::zeroed(rows * tokens);
     for (sums, token) in sums.chunks_exact_mut(rows).zip(first..) {
         sums.fill(job.x.starts[token]);
     }
@@ -302,7 +305,7 @@ pub fn eight<D: Dot, T: Lanes>(
         for at in (start..end).step_by(4 * D::LANES) {
             for half in 0..2 {
                 let vectors = transposed(d, at, |r| weight(row + half * D::LANES + r));
-                let to = &mut integers[(at - start) * rows..][..4 * D::LANES * rows];
+                let to: &mut [u8] = &mut integers[(at - start) * rows..][..4 * D::LANES * rows];
                 for (j, vector) in vectors.into_iter().enumerate().take(D::LANES) {
                     // SAFETY: `to` has room for LANES pairs of vectors.
                     unsafe {

@@ -3,13 +3,13 @@
 //! Rows of the weight are decoded a stretch of columns at a time. As many columns as a panel has
 //! lanes make a panel whose units run down the rows.
 
-use super::aligned::Aligned;
 use super::engine::Engine;
 use super::lanes::panel_rows;
 use super::out::Out;
 use super::tiles::Panel;
 use super::{BATCH, Job, Lanes, converted, decode_dense, threads};
 use crate::backend::cpu::Cpu;
+use crate::backend::cpu::aligned::Aligned;
 
 /// Columns of the weight that are one part of the work; a multiple of a panel's lanes.
 const STRETCH: usize = 256;

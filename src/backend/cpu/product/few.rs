@@ -11,6 +11,9 @@ pub const FEW: usize = 4;
 /// Bytes of activations that stay in the first-level cache beside a stream of weights.
 const HOT: usize = 16 * 1024;
 
+/// Bytes behind the next rows that are on their way from memory.
+const FAR: usize = 4096;
+
 /// The most blocks that share a chunk: 128 codes in blocks of 32.
 const BLOCKS: usize = 4;
 
@@ -158,9 +161,11 @@ fn group<D: Dot, const M: usize, const B: usize, const R: usize>(
             let block = (c * B) >> share;
             for r in 0..R {
                 if R > 1 {
-                    // The next rows, in the order in which they lie in memory.
-                    let ahead = R * bytes + (c * R + r) * (chunk / 2);
-                    d.prefetch(packed.as_ptr().wrapping_add(ahead));
+                    // The next rows, in the order in which they lie in memory, and those behind
+                    // them as near as the second-level cache.
+                    let next = R * bytes + (c * R + r) * (chunk / 2);
+                    d.prefetch(packed.as_ptr().wrapping_add(next));
+                    d.prefetch_far(packed.as_ptr().wrapping_add(next + FAR));
                 }
                 words[r] = d.words(packed.as_ptr().add(r * bytes + c * chunk / 2));
                 scale[r] = d.scales::<B>(scales.as_ptr().add(r * blocks + block));

@@ -5,9 +5,9 @@
 //! used for all rows of activations before the next one is made.
 
 use super::ahead::Ahead;
-use super::aligned::Aligned;
 use super::lanes::{CODES, Dot, panel_rows};
 use super::tiles::{Coded, Panel, TILE, Unscaled, tiles};
+use crate::backend::cpu::aligned::Aligned;
 
 /// Elements of a row of the weight in a panel of decoded weights; a multiple of any chunk.
 const WIDTH: usize = 256;

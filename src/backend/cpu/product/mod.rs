@@ -6,7 +6,6 @@
 //! by row first.
 
 mod ahead;
-mod aligned;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -28,13 +27,13 @@ mod out;
 mod portable;
 mod tiles;
 
-use self::aligned::Aligned;
 use self::engine::Engine;
 use self::few::{FEW, Few};
 use self::many::{Codes, Many, Scratch, Source};
 use self::narrow::{Narrow, narrow};
 use self::out::Out;
 use self::portable::Portable;
+use super::aligned::Aligned;
 use super::{Cpu, Isa, Lanes, threads};
 use crate::dtype::{Dtype, Element};
 use crate::error::{Error, Result};
