@@ -25,7 +25,9 @@ use super::{Cpu, Isa, Kernels, Lanes};
 use crate::error::{Error, Result};
 use crate::format::Decode;
 use crate::pack::check_len;
-use crate::quant::integer::{GROUP, Integers, MAX_COLUMNS};
+#[cfg(target_arch = "x86_64")]
+use crate::quant::integer::GROUP;
+use crate::quant::integer::{Integers, MAX_COLUMNS};
 use crate::tensor::{QTensor, Scales};
 
 /// The instructions that integer products use.

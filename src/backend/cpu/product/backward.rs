@@ -75,7 +75,8 @@ fn stretch<D: Engine, T: Lanes>(
     let (first, width) = (columns.start, columns.len());
     // Rows of the scratch: whole panels.
     let pitch = width.next_multiple_of(STRETCH);
-    let most = DECODED / pitch; // even
+    // A pair of rows makes a unit where numbers are narrow.
+    let most = DECODED / pitch / 2 * 2;
     let panels = width.div_ceil(lanes);
     let one = Cpu { threads: 1, ..job.cpu };
     let mut dense = Aligned::<D::X>::zeroed(most * pitch);
