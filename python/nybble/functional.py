@@ -162,7 +162,7 @@ def error(x: torch.Tensor | np.ndarray[Any, Any], q: QTensor) -> ErrorStats:
         )
     tensor, host = tensor.detach().cpu().contiguous(), q.cpu()
     weight = ops.weight(*host.parts, *host.how)
-    return ErrorStats(**_core.error_stats(memory(tensor), weight))
+    return ErrorStats(**_core.error_stats(memory(tensor), weight, ops.kernel_threads()))
 
 
 def pack(codes: torch.Tensor, order: str = "high_first") -> torch.Tensor:

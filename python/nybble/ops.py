@@ -319,7 +319,7 @@ def _embedding_cpu(
     parts = weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
     rows = ids.to(torch.int64).contiguous()
     out = packed.new_empty((*ids.shape, shape[1]), dtype=dtype)
-    _core.dequantize_rows(parts, memory(rows), memory(out))
+    _core.dequantize_rows(parts, memory(rows), memory(out), kernel_threads())
     return out
 
 

@@ -27,7 +27,7 @@ mod _core {
     #[pymodule_export]
     use super::ops::{
         cpu, cpu_features, default_threads, dequantize, dequantize_rows, error_stats, formats,
-        layout, pack_codes, prefer_huge_pages, quantize, quantize_activations, unpack_codes,
+        layout, pack_codes, prefer_huge_pages, quantize, unpack_codes,
     };
     #[pymodule_export]
     use super::products::Prepared;

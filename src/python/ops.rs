@@ -198,9 +198,16 @@ pub fn prefer_huge_pages(fresh: Memory) -> PyResult<()> {
 
 /// Decodes the rows named by `rows` (int64), one after the other.
 #[pyfunction]
-pub fn dequantize_rows(py: Python<'_>, weight: Weight, rows: Memory, out: Memory) -> PyResult<()> {
+#[pyo3(signature = (weight, rows, out, threads=None))]
+pub fn dequantize_rows(
+    py: Python<'_>,
+    weight: Weight,
+    rows: Memory,
+    out: Memory,
+    threads: Option<usize>,
+) -> PyResult<()> {
     let columns = weight.1.split_first().map_or(1, |(_, rest)| rest.iter().product());
-    let (q, cpu, rows) = (weight.checked()?, Cpu::new(None)?, rows.slice::<i64>()?);
+    let (q, cpu, rows) = (weight.checked()?, Cpu::new(threads)?, rows.slice::<i64>()?);
     with_element!(float(out)?, T => {
         let out = out.slice_mut::<T>()?;
         py.detach(|| cpu.dequantize_rows(&q, columns, rows, out))
@@ -210,8 +217,14 @@ pub fn dequantize_rows(py: Python<'_>, weight: Weight, rows: Memory, out: Memory
 
 /// Compares a tensor with its quantized form: a dict of figures.
 #[pyfunction]
-pub fn error_stats(py: Python<'_>, x: Memory, weight: Weight) -> PyResult<Bound<'_, PyDict>> {
-    let (q, cpu) = (weight.checked()?, Cpu::new(None)?);
+#[pyo3(signature = (x, weight, threads=None))]
+pub fn error_stats(
+    py: Python<'_>,
+    x: Memory,
+    weight: Weight,
+    threads: Option<usize>,
+) -> PyResult<Bound<'_, PyDict>> {
+    let (q, cpu) = (weight.checked()?, Cpu::new(threads)?);
     let figures = with_element!(float(x)?, T => {
         let x = x.slice::<T>()?;
         py.detach(|| cpu.error(x, &q))
@@ -228,26 +241,6 @@ pub fn error_stats(py: Python<'_>, x: Memory, weight: Weight) -> PyResult<Bound<
     row.set_item("absmax_max", figures.absmax_max)?;
     row.set_item("outliers", figures.outliers)?;
     Ok(row)
-}
-
-/// LLM.int8() activations: quantizes the rows of `x` to `codes` and `absmax`, leaving columns
-/// with a magnitude of at least `threshold` (if above 0) out as zeros. Returns those columns.
-#[pyfunction]
-pub fn quantize_activations(
-    py: Python<'_>,
-    x: Memory,
-    columns: usize,
-    threshold: f32,
-    codes: Memory,
-    absmax: Memory,
-) -> PyResult<Vec<usize>> {
-    let cpu = Cpu::new(None)?;
-    let (codes, absmax) = (codes.slice_mut::<i8>()?, absmax.slice_mut::<f32>()?);
-    let outliers = with_element!(float(x)?, T => {
-        let x = x.slice::<T>()?;
-        py.detach(|| cpu.quantize_activations(x, columns, threshold, codes, absmax))
-    })?;
-    Ok(outliers)
 }
 
 /// Packs one code a byte into nibbles of the given order.
