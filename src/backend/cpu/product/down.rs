@@ -1,0 +1,499 @@
+//! Products along the columns of a weight, from the packed bytes: what `backward` is made of.
+//!
+//! A chunk of a row decodes to eight vectors, and lane `l` of vector `v` is element
+//! `8l + (v ^ 1)` of the chunk, whatever the instruction set. Sums stay in this order until
+//! [`ordered`] puts them back.
+
+#[cfg(target_arch = "aarch64")]
+use super::super::neon::{Neon, NeonBf16};
+#[cfg(target_arch = "x86_64")]
+use super::super::{avx2::Avx2, avx512::Avx512};
+use super::lanes::{CODES, Dot, Vector, panel_rows};
+use super::portable::Portable;
+use crate::dtype::Element;
+
+/// Vectors that a chunk decodes to, one for each code of a word.
+pub const VECTORS: usize = CODES;
+
+/// The most rows that [`Down::chunk`] takes at once.
+const MOST_ROWS: usize = 8;
+
+/// The most blocks that share a chunk: 128 codes in blocks of 32.
+const BLOCKS: usize = 4;
+
+/// A chunk of some rows: codes, scales, and how far a row is from the next.
+#[derive(Clone, Copy)]
+pub struct Rows {
+    /// Codes of the first row.
+    pub packed: *const u8,
+    /// Bytes of a whole row.
+    pub row_bytes: usize,
+    /// The scales of the blocks of the first row.
+    pub scales: *const f32,
+    /// Scales of a whole row.
+    pub blocks: usize,
+}
+
+impl Rows {
+    /// The same without the first `n` rows.
+    ///
+    /// # Safety
+    /// There are that many.
+    #[inline(always)]
+    pub unsafe fn below(self, n: usize) -> Self {
+        // SAFETY: the caller's.
+        unsafe {
+            let packed = self.packed.add(n * self.row_bytes);
+            Self { packed, scales: self.scales.add(n * self.blocks), ..self }
+        }
+    }
+}
+
+/// What an instruction set does with chunks of rows.
+pub trait Down: Dot {
+    /// Rows that [`Down::chunk`] takes at once.
+    const ROWS: usize;
+
+    /// Adds a chunk of [`Down::ROWS`] rows times `M` gradients to the sums at `acc`, rows of
+    /// which are `width` apart; gradients of one row are `stride` apart.
+    ///
+    /// # Safety
+    /// A chunk of as many rows with `B` scales each, as many gradients of `M` rows, and `M` times
+    /// [`VECTORS`] vectors of sums exist.
+    unsafe fn chunk<const M: usize, const B: usize>(
+        self,
+        values: &[f32; 16],
+        rows: Rows,
+        gradients: (*const Self::X, usize),
+        sums: (*mut f32, usize),
+    );
+
+    /// Decodes a chunk of one row, or of a pair where a unit is two narrow numbers, into a unit of
+    /// each of four panels that are `apart` units of four bytes apart.
+    ///
+    /// # Safety
+    /// A chunk of the rows with `B` scales each exists, and two vectors can be written in each of
+    /// the panels.
+    unsafe fn units<const B: usize>(
+        self,
+        values: &[f32; 16],
+        rows: Rows,
+        to: *mut u32,
+        apart: usize,
+    );
+}
+
+/// [`Down::chunk`] of `R` rows, where numbers are f32.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+pub unsafe fn wide_chunk<D, const M: usize, const B: usize, const R: usize>(
+    d: D,
+    values: &[f32; 16],
+    rows: Rows,
+    gradients: [[f32; M]; R],
+    (acc, width): (*mut f32, usize),
+) where
+    D: Dot<Values = <D as Vector>::F>,
+{
+    let table = d.table(values);
+    // SAFETY: the caller's.
+    unsafe {
+        let mut words = [d.words(rows.packed); R];
+        let mut factors = [[d.splat(0.0); M]; R];
+        for r in 0..R {
+            let row = rows.below(r);
+            words[r] = d.words(row.packed);
+            let scales = d.scales::<B>(row.scales);
+            for (factor, gradient) in factors[r].iter_mut().zip(gradients[r]) {
+                *factor = d.mul(scales, d.splat(gradient));
+            }
+        }
+        for v in 0..VECTORS {
+            let at = |m: usize| acc.add(m * width + v * D::LANES);
+            let mut sums = [d.splat(0.0); M];
+            for (m, sum) in sums.iter_mut().enumerate() {
+                *sum = d.load(at(m));
+            }
+            for (words, factors) in words.iter_mut().zip(factors) {
+                let weights = d.decode(table, *words);
+                *words = d.next(*words, v);
+                for (sum, factor) in sums.iter_mut().zip(factors) {
+                    *sum = d.dot(*sum, weights, factor);
+                }
+            }
+            for (m, sum) in sums.into_iter().enumerate() {
+                d.store(sum, at(m));
+            }
+        }
+    }
+}
+
+/// `R` gradients of each of `M` rows.
+///
+/// # Safety
+/// They can be read.
+#[inline(always)]
+unsafe fn widened<X: Element, const M: usize, const R: usize>(
+    (from, stride): (*const X, usize),
+) -> [[f32; M]; R] {
+    let mut wide = [[0.0; M]; R];
+    for (r, wide) in wide.iter_mut().enumerate() {
+        for (m, wide) in wide.iter_mut().enumerate() {
+            // SAFETY: the caller's.
+            *wide = unsafe { *from.add(m * stride + r) }.to_f32();
+        }
+    }
+    wide
+}
+
+macro_rules! wide {
+    ($isa:ty, $rows:literal) => {
+        impl Down for $isa {
+            const ROWS: usize = $rows;
+
+            #[inline(always)]
+            unsafe fn chunk<const M: usize, const B: usize>(
+                self,
+                values: &[f32; 16],
+                rows: Rows,
+                gradients: (*const f32, usize),
+                sums: (*mut f32, usize),
+            ) {
+                // SAFETY: the caller's.
+                unsafe {
+                    let gradients = widened::<f32, M, $rows>(gradients);
+                    wide_chunk::<_, M, B, $rows>(self, values, rows, gradients, sums);
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn units<const B: usize>(
+                self,
+                values: &[f32; 16],
+                rows: Rows,
+                to: *mut u32,
+                apart: usize,
+            ) {
+                let table = self.table(values);
+                // SAFETY: the caller's.
+                unsafe {
+                    let (mut words, scales) =
+                        (self.words(rows.packed), self.scales::<B>(rows.scales));
+                    for v in 0..VECTORS {
+                        let weights = self.scaled(self.decode(table, words), scales);
+                        words = self.next(words, v);
+                        let to = to.add(v / 2 * apart + v % 2 * <Self as Vector>::LANES);
+                        self.store_values(weights, to);
+                    }
+                }
+            }
+        }
+    };
+}
+wide!(Portable, 2);
+#[cfg(target_arch = "x86_64")]
+wide!(Avx2, 4);
+#[cfg(target_arch = "x86_64")]
+wide!(Avx512, 4);
+#[cfg(target_arch = "aarch64")]
+wide!(Neon, 4);
+
+/// Numbers are f32 but for the panels: there are instructions for pairs, but none that look up
+/// sixteen-bit numbers in more than one table.
+#[cfg(target_arch = "aarch64")]
+impl Down for NeonBf16 {
+    const ROWS: usize = 4;
+
+    #[inline(always)]
+    unsafe fn chunk<const M: usize, const B: usize>(
+        self,
+        values: &[f32; 16],
+        rows: Rows,
+        gradients: (*const half::bf16, usize),
+        sums: (*mut f32, usize),
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            let gradients = widened::<half::bf16, M, 4>(gradients);
+            wide_chunk::<_, M, B, 4>(self.base(), values, rows, gradients, sums);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn units<const B: usize>(
+        self,
+        values: &[f32; 16],
+        rows: Rows,
+        to: *mut u32,
+        apart: usize,
+    ) {
+        // SAFETY: the caller's.
+        unsafe { woven_units::<_, B>(self.base(), values, rows, to, apart) }
+    }
+}
+
+/// [`Down::units`] of a pair of rows, by way of f32.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+#[cfg(any(test, target_arch = "aarch64"))]
+pub unsafe fn woven_units<D, const B: usize>(
+    d: D,
+    values: &[f32; 16],
+    rows: Rows,
+    to: *mut u32,
+    apart: usize,
+) where
+    D: Dot<Values = <D as Vector>::F>,
+{
+    let table = d.table(values);
+    // SAFETY: the caller's; a vector has at most sixteen lanes.
+    unsafe {
+        let pair = [rows, rows.below(1)];
+        let mut words = pair.map(|row| d.words(row.packed));
+        let scales = pair.map(|row| d.scales::<B>(row.scales));
+        for v in 0..VECTORS {
+            let mut narrow = [[half::bf16::ZERO; 16]; 2];
+            for ((words, scales), narrow) in words.iter_mut().zip(scales).zip(&mut narrow) {
+                d.store_as(d.mul(d.decode(table, *words), scales), narrow.as_mut_ptr());
+                *words = d.next(*words, v);
+            }
+            let to = to.add(v / 2 * apart + v % 2 * D::LANES);
+            for (l, (low, high)) in narrow[0].iter().zip(narrow[1]).take(D::LANES).enumerate() {
+                *to.add(l) = u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
+            }
+        }
+    }
+}
+
+/// A stretch of columns of a weight whose rows are whole blocks of codes.
+pub struct Stretch<'a> {
+    /// Codes of all rows, first of a pair high.
+    pub packed: &'a [u8],
+    /// Bytes of a row.
+    pub row_bytes: usize,
+    /// The first column; a multiple of any chunk.
+    pub start: usize,
+    /// Columns.
+    pub width: usize,
+    /// Elements of a block: a power of two, at least 32.
+    pub blocksize: usize,
+    /// The codebook.
+    pub values: [f32; 16],
+}
+
+/// Scales of some rows of a stretch.
+#[derive(Clone, Copy)]
+pub struct RowScales<'a> {
+    /// From the first block of the stretch in the first row on.
+    pub scales: &'a [f32],
+    /// How far a row is from the next.
+    pub blocks: usize,
+}
+
+/// What a call of [`few`] or [`panels`] is about: `count` rows from `first` on.
+#[derive(Clone, Copy)]
+pub struct Run<'a> {
+    /// The first row.
+    pub first: usize,
+    /// Rows.
+    pub count: usize,
+    /// Their scales.
+    pub scales: RowScales<'a>,
+}
+
+/// A few rows of gradients, as many numbers as the rows of a [`Run`] and zeros up to a multiple of
+/// [`Down::ROWS`].
+#[derive(Clone, Copy)]
+pub struct Gradients<'a, X> {
+    /// From the first row of the run on.
+    pub x: &'a [X],
+    /// How far a row is from the next.
+    pub stride: usize,
+    /// Rows, at most four.
+    pub m: usize,
+}
+
+/// Memory for rows that are cut short.
+struct Padded {
+    packed: [[u8; 64]; MOST_ROWS],
+    scales: [[f32; BLOCKS]; MOST_ROWS],
+}
+
+impl Padded {
+    const ZERO: Self = Self { packed: [[0; 64]; MOST_ROWS], scales: [[0.0; BLOCKS]; MOST_ROWS] };
+
+    fn rows(&self) -> Rows {
+        let (packed, scales) = (self.packed.as_ptr().cast(), self.scales.as_ptr().cast());
+        Rows { packed, row_bytes: 64, scales, blocks: BLOCKS }
+    }
+}
+
+impl Stretch<'_> {
+    /// Chunks, the last of which may be cut short.
+    pub const fn chunks<D: Dot>(&self) -> usize {
+        self.width.div_ceil(CODES * D::LANES)
+    }
+
+    /// Where the scales of a chunk begin, among those of the stretch.
+    const fn block<D: Dot>(&self, chunk: usize) -> usize {
+        (self.start + chunk * CODES * D::LANES) / self.blocksize - self.start / self.blocksize
+    }
+
+    /// Bytes of a chunk.
+    fn bytes<D: Dot>(&self, chunk: usize) -> usize {
+        (self.width - chunk * CODES * D::LANES).min(CODES * D::LANES) / 2
+    }
+
+    /// A chunk of `count` rows from row `n` of the run on, in place if it is whole and there are
+    /// `wanted` rows, else as a copy with zeros around it.
+    fn rows<D: Dot>(
+        &self,
+        run: &Run<'_>,
+        (n, wanted): (usize, usize),
+        chunk: usize,
+        padded: &mut Padded,
+    ) -> Rows {
+        let count = wanted.min(run.count - n);
+        let (block, bytes) = (self.block::<D>(chunk), self.bytes::<D>(chunk));
+        let at = (run.first + n) * self.row_bytes + (self.start / 2 + chunk * CODES / 2 * D::LANES);
+        let blocks = (2 * bytes).div_ceil(self.blocksize);
+        let packed = &self.packed[at..at + (count - 1) * self.row_bytes + bytes];
+        let scales = &run.scales.scales[n * run.scales.blocks + block..];
+        let scales = &scales[..(count - 1) * run.scales.blocks + blocks];
+        if count == wanted && bytes == CODES / 2 * D::LANES {
+            return Rows {
+                packed: packed.as_ptr(),
+                row_bytes: self.row_bytes,
+                scales: scales.as_ptr(),
+                blocks: run.scales.blocks,
+            };
+        }
+        *padded = Padded::ZERO;
+        for (r, row) in packed.chunks(self.row_bytes).enumerate() {
+            padded.packed[r][..bytes].copy_from_slice(&row[..bytes]);
+        }
+        for (r, row) in scales.chunks(run.scales.blocks).enumerate() {
+            padded.scales[r][..blocks].copy_from_slice(&row[..blocks]);
+        }
+        padded.rows()
+    }
+}
+
+/// Calls a function with the number of blocks that share a chunk.
+macro_rules! with_blocks {
+    ($D:ty, $blocksize:expr, $B:ident => $call:expr) => {
+        match (CODES * <$D as Vector>::LANES) / $blocksize {
+            0 | 1 => {
+                const $B: usize = 1;
+                $call
+            }
+            2 => {
+                const $B: usize = 2;
+                $call
+            }
+            _ => {
+                const $B: usize = BLOCKS;
+                $call
+            }
+        }
+    };
+}
+
+/// Adds the products of a stretch of some rows with a few gradients to `sums`: of each row of
+/// gradients the vectors of all chunks.
+#[inline(always)]
+pub fn few<D: Down>(
+    d: D,
+    stretch: &Stretch<'_>,
+    run: &Run<'_>,
+    gradients: Gradients<'_, D::X>,
+    sums: &mut [f32],
+) {
+    with_blocks!(D, stretch.blocksize, B => match gradients.m {
+        1 => few_rows::<D, 1, B>(d, stretch, run, gradients, sums),
+        2 => few_rows::<D, 2, B>(d, stretch, run, gradients, sums),
+        3 => few_rows::<D, 3, B>(d, stretch, run, gradients, sums),
+        _ => few_rows::<D, 4, B>(d, stretch, run, gradients, sums),
+    });
+}
+
+#[inline(always)]
+fn few_rows<D: Down, const M: usize, const B: usize>(
+    d: D,
+    stretch: &Stretch<'_>,
+    run: &Run<'_>,
+    gradients: Gradients<'_, D::X>,
+    sums: &mut [f32],
+) {
+    let (chunks, chunk) = (stretch.chunks::<D>(), CODES * D::LANES);
+    let (width, depth) = (chunks * chunk, run.count.next_multiple_of(D::ROWS));
+    assert!(sums.len() == M * width && gradients.m == M && D::ROWS <= MOST_ROWS);
+    assert!(gradients.x.len() >= (M - 1) * gradients.stride + depth);
+    let mut padded = Padded::ZERO;
+    for n in (0..run.count).step_by(D::ROWS) {
+        for c in 0..chunks {
+            let rows = stretch.rows::<D>(run, (n, D::ROWS), c, &mut padded);
+            for r in 0..D::ROWS {
+                // The rows behind these.
+                d.prefetch(rows.packed.wrapping_add((D::ROWS + r) * rows.row_bytes));
+            }
+            // SAFETY: `rows` are whole chunks; the assertions count gradients and sums.
+            unsafe {
+                let gradients = (gradients.x.as_ptr().add(n), gradients.stride);
+                let sums = (sums.as_mut_ptr().add(c * chunk), width);
+                d.chunk::<M, B>(&stretch.values, rows, gradients, sums);
+            }
+        }
+    }
+}
+
+/// Decodes one chunk of some rows into four panels of `units` words each.
+#[inline(always)]
+pub fn panels<D: Down>(
+    d: D,
+    stretch: &Stretch<'_>,
+    run: &Run<'_>,
+    chunk: usize,
+    panels: &mut [u32],
+) {
+    with_blocks!(D, stretch.blocksize, B => panel_rows_of::<D, B>(d, stretch, run, chunk, panels));
+}
+
+#[inline(always)]
+fn panel_rows_of<D: Down, const B: usize>(
+    d: D,
+    stretch: &Stretch<'_>,
+    run: &Run<'_>,
+    chunk: usize,
+    panels: &mut [u32],
+) {
+    let (per, lanes) = (CODES / D::STEPS, panel_rows::<D>());
+    let apart = panels.len() / (VECTORS / 2);
+    assert!(apart >= run.count.div_ceil(per) * lanes);
+    let mut padded = Padded::ZERO;
+    for (i, n) in (0..run.count).step_by(per).enumerate() {
+        let rows = stretch.rows::<D>(run, (n, per), chunk, &mut padded);
+        for r in 0..per {
+            // The next chunk of the same rows.
+            d.prefetch_far(rows.packed.wrapping_add(r * rows.row_bytes + CODES / 2 * D::LANES));
+        }
+        // SAFETY: `rows` are whole chunks; the assertion counts units.
+        unsafe {
+            d.units::<B>(&stretch.values, rows, panels.as_mut_ptr().add(i * lanes), apart);
+        }
+    }
+}
+
+/// Puts the sums of a chunk back into the order of columns; `vector(v)` are those of vector `v`.
+#[inline(always)]
+pub fn ordered<'a>(vector: impl Fn(usize) -> &'a [f32], out: &mut [f32]) {
+    for v in 0..VECTORS {
+        for (sum, word) in vector(v).iter().zip(out.chunks_exact_mut(CODES)) {
+            word[v ^ 1] = *sum;
+        }
+    }
+}
