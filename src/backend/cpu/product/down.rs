@@ -474,16 +474,30 @@ fn panel_rows_of<D: Down, const B: usize>(
     let (per, lanes) = (CODES / D::STEPS, panel_rows::<D>());
     let apart = panels.len() / (VECTORS / 2);
     assert!(apart >= run.count.div_ceil(per) * lanes);
-    let mut padded = Padded::ZERO;
-    for (i, n) in (0..run.count).step_by(per).enumerate() {
-        let rows = stretch.rows::<D>(run, (n, per), chunk, &mut padded);
-        for r in 0..per {
-            // The next chunk of the same rows.
-            d.prefetch_far(rows.packed.wrapping_add(r * rows.row_bytes + CODES / 2 * D::LANES));
+    let (mut padded, mut i) = (Padded::ZERO, 0);
+    // All whole rows, then half a pair.
+    for (n, count) in [(0, run.count / per * per), (run.count / per * per, per)] {
+        if n >= run.count || count == 0 {
+            continue;
         }
-        // SAFETY: `rows` are whole chunks; the assertion counts units.
-        unsafe {
-            d.units::<B>(&stretch.values, rows, panels.as_mut_ptr().add(i * lanes), apart);
+        let whole = stretch.bytes::<D>(chunk) == CODES / 2 * D::LANES && n + count <= run.count;
+        let together = if whole { count } else { per };
+        for n in (n..n + count).step_by(together) {
+            let rows = stretch.rows::<D>(run, (n, together), chunk, &mut padded);
+            for r in (0..together).step_by(per) {
+                // SAFETY: `rows` are whole chunks; the assertion counts units.
+                unsafe {
+                    let rows = rows.below(r);
+                    for row in 0..per {
+                        // The next chunk of the same rows.
+                        let next = row * rows.row_bytes + CODES / 2 * D::LANES;
+                        d.prefetch_far(rows.packed.wrapping_add(next));
+                    }
+                    let to = panels.as_mut_ptr().add(i * lanes);
+                    d.units::<B>(&stretch.values, rows, to, apart);
+                }
+                i += 1;
+            }
         }
     }
 }
