@@ -28,8 +28,9 @@ const LONG: usize = 2048;
 /// Rows of gradients that are few in that case.
 const NOT_MANY: usize = 96;
 
-/// Sums that stay in the first-level cache beside a stream of weights.
-const SUMS: usize = 4096;
+/// Columns of a part for one, two, three and four rows of gradients: sums stay in the first-level
+/// cache beside a stream of weights, and long pieces of rows are read faster than short ones.
+const FEW_COLUMNS: [usize; FEW] = [4096, 2048, 512, 512];
 
 /// Rows of the weight whose scales are decoded at once.
 const ROWS: usize = 64;
@@ -43,7 +44,7 @@ const DECODED: usize = 128 * STRETCH;
 /// Columns of a part of the work.
 fn columns_of_part(columns: usize, coded: bool, m: usize, threads: usize) -> usize {
     let most = match (coded, m) {
-        (true, ..=FEW) => SUMS / m,
+        (true, 1..=FEW) => FEW_COLUMNS[m - 1],
         (false, ..=NOT_MANY) => LONG,
         _ => return STRETCH,
     };
