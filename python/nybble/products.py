@@ -135,6 +135,23 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("nybble::linear", _linear_backward, setup_context=_linear_setup)
 
 
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, absmax, nested_absmax, nested_offset, format, blocksize, shape = inputs
+    ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
+    ctx.how = (format, blocksize, shape)
+
+
+def _backward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient is linear in the gradient that it was made from."""
+    again = torch.ops.nybble.linear(grad, *ctx.saved_tensors, None, *ctx.how)
+    return again, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "nybble::linear_backward", _backward_backward, setup_context=_backward_setup
+)
+
+
 _grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 
