@@ -41,13 +41,29 @@ pub fn prepare<D: Dot>(row: &[D::X], lanes: usize, out: &mut [D::X]) {
     let chunk = CODES * lanes;
     let (whole, rest) = row.split_at(row.len() - row.len() % chunk);
     let (out, last) = out.split_at_mut(whole.len());
-    for (x, out) in whole.chunks_exact(chunk).zip(out.chunks_exact_mut(chunk)) {
-        prepare_chunk::<D>(x, out);
+    if lanes == 1 {
+        prepare_words::<D>(whole, out);
+    } else {
+        for (x, out) in whole.chunks_exact(chunk).zip(out.chunks_exact_mut(chunk)) {
+            prepare_chunk::<D>(x, out);
+        }
     }
     if !rest.is_empty() {
         let mut padded = vec![<D::X as bytemuck::Zeroable>::zeroed(); chunk];
         padded[..rest.len()].copy_from_slice(rest);
         prepare_chunk::<D>(&padded, last);
+    }
+}
+
+/// Chunks of one word: an order of eight numbers that the compiler knows.
+fn prepare_words<D: Dot>(x: &[D::X], out: &mut [D::X]) {
+    let per = CODES / D::STEPS;
+    let (words, _) = x.as_chunks::<CODES>();
+    let (out, _) = out.as_chunks_mut::<CODES>();
+    for (word, out) in words.iter().zip(out) {
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = word[i % per * D::STEPS + (i / per ^ 1)];
+        }
     }
 }
 
