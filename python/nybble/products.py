@@ -256,15 +256,17 @@ def linear(
     `memo` spares describing the weight again.
     """
     parts = (packed, absmax, nested_absmax, nested_offset)
+    result: Tensor
     followed = _is_followed(x, bias)
     if _is_seen(x, packed) or (followed and x.dtype not in _FLOATS):
-        result: Tensor = torch.ops.nybble.linear(x, *parts, bias, format, blocksize, shape)
-        return result
-    if x.dtype not in _FLOATS:
-        return _linear_cpu(x, *parts, bias, format, blocksize, shape)
-    ops.check_product(x, shape)
-    memo = memo or Memo()
-    if followed:
-        result = _Followed.apply(x, *parts, bias, (format, blocksize, shape), memo)
-        return result
-    return _product(memo.get(*parts, format, blocksize, shape), x, bias, shape[0])
+        result = torch.ops.nybble.linear(x, *parts, bias, format, blocksize, shape)
+    elif x.dtype not in _FLOATS:
+        result = _linear_cpu(x, *parts, bias, format, blocksize, shape)
+    else:
+        ops.check_product(x, shape)
+        memo = memo or Memo()
+        if followed:
+            result = _Followed.apply(x, *parts, bias, (format, blocksize, shape), memo)
+        else:
+            result = _product(memo.get(*parts, format, blocksize, shape), x, bias, shape[0])
+    return result

@@ -7,11 +7,12 @@
 
 use std::ops::Range;
 
-use super::down::{Gradients, RowScales, Run, Stretch, VECTORS, ordered};
+use super::down::VECTORS;
 use super::engine::Engine;
 use super::few::FEW;
 use super::lanes::{CODES, panel_rows};
 use super::out::Out;
+use super::stretch::{Gradients, RowScales, Run, Stretch, ordered};
 use super::tiles::Panel;
 use super::{BATCH, Job, Lanes, converted, decode_dense, threads};
 use crate::backend::cpu::Cpu;

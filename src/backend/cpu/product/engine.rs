@@ -9,11 +9,12 @@ use super::super::{
     avx512::{Avx512, Avx512Ext},
 };
 use super::ahead::Ahead;
-use super::down::{self, Down, Gradients, Run, Stretch};
+use super::down::Down;
 use super::few::Few;
 use super::lanes::Dot;
 use super::many::{Many, Scratch};
 use super::portable::Portable;
+use super::stretch::{self, Gradients, Run, Stretch};
 use super::tiles::{self, Panel};
 use super::{dense, few, many};
 
@@ -25,7 +26,7 @@ pub trait Engine: Down + Send + Sync {
     fn strip(self, many: &Many<'_, Self::X>, first: usize, count: usize, to: &mut Scratch<Self::X>);
     /// [`tiles::tiles`]
     fn tiles(self, panel: &Panel<'_>, x: &[Self::X], stride: usize, m: usize, sums: &mut [f32]);
-    /// [`down::few`]
+    /// [`stretch::few`]
     fn few_columns(
         self,
         stretch: &Stretch<'_>,
@@ -33,7 +34,7 @@ pub trait Engine: Down + Send + Sync {
         gradients: Gradients<'_, Self::X>,
         sums: &mut [f32],
     );
-    /// [`down::panels`]
+    /// [`stretch::panels`]
     fn panels(self, stretch: &Stretch<'_>, run: &Run<'_>, chunk: usize, panels: &mut [u32]);
     /// [`dense::row`]
     fn dense_row(self, weights: &[f32], x: &[f32], out: &mut [f32]);
@@ -114,7 +115,7 @@ macro_rules! engine {
                     gradients: Gradients<'_, <$isa as Dot>::X>,
                     sums: &mut [f32],
                 ) {
-                    down::few(d, stretch, run, gradients, sums);
+                    stretch::few(d, stretch, run, gradients, sums);
                 }
                 $call!(inner(self, stretch, run, gradients, sums));
             }
@@ -133,7 +134,7 @@ macro_rules! engine {
                     chunk: usize,
                     panels: &mut [u32],
                 ) {
-                    down::panels(d, stretch, run, chunk, panels);
+                    stretch::panels(d, stretch, run, chunk, panels);
                 }
                 $call!(inner(self, stretch, run, chunk, panels));
             }
@@ -172,8 +173,8 @@ engine!(Portable, plain);
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod vectors {
     use super::{
-        Ahead, Dot, Engine, Few, Gradients, Lanes, Many, Panel, Run, Scratch, Stretch, dense, down,
-        few, many, tiles,
+        Ahead, Dot, Engine, Few, Gradients, Lanes, Many, Panel, Run, Scratch, Stretch, dense, few,
+        many, stretch, tiles,
     };
     #[cfg(target_arch = "x86_64")]
     use super::{Avx2, Avx512, Avx512Ext};

@@ -62,7 +62,7 @@ fn prepare_words<D: Dot>(x: &[D::X], out: &mut [D::X]) {
     let (out, _) = out.as_chunks_mut::<CODES>();
     for (word, out) in words.iter().zip(out) {
         for (i, out) in out.iter_mut().enumerate() {
-            *out = word[i % per * D::STEPS + (i / per ^ 1)];
+            *out = word[i % per * D::STEPS + ((i / per) ^ 1)];
         }
     }
 }

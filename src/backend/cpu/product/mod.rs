@@ -28,6 +28,7 @@ mod neon;
 mod neon_bf16;
 mod out;
 mod portable;
+mod stretch;
 mod tiles;
 
 use self::engine::Engine;
