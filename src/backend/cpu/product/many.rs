@@ -6,7 +6,7 @@
 
 use super::ahead::Ahead;
 use super::lanes::{CODES, Dot, panel_rows};
-use super::tiles::{Coded, Panel, TILE, Unscaled, tiles};
+use super::tiles::{Coded, HIGH_TILE, Panel, TILE, Tiles, Unscaled, tiles};
 use crate::backend::cpu::aligned::Aligned;
 
 /// Elements of a row of the weight in a panel of decoded weights; a multiple of any chunk.
@@ -15,8 +15,8 @@ const WIDTH: usize = 256;
 /// Elements of a row of the weight in a panel of codes, which take less room.
 const CODED_WIDTH: usize = 1024;
 
-/// The most rows of activations for which codes are decoded again for every tile, while the sums
-/// keep the processor busy, and not once into a panel.
+/// The most rows of activations for which codes are decoded again for every low tile, while the
+/// sums keep the processor busy, and not once into a panel. For high tiles that is always quicker.
 const ON_THE_FLY: usize = 2 * TILE;
 
 /// Where the rows of a weight come from.
@@ -91,7 +91,8 @@ pub fn strip<D: Dot>(
                 let packed = (codes.packed, many.columns / 2);
                 Ahead::new(packed, (codes.scale_bytes, scale_bytes), first + count, rows)
             };
-            let on_the_fly = D::LATE && many.m <= ON_THE_FLY;
+            let high = <Coded<'_> as Tiles<D>>::ROWS == HIGH_TILE;
+            let on_the_fly = D::LATE && (high || many.m <= ON_THE_FLY);
             let most = if on_the_fly { CODED_WIDTH } else { WIDTH };
             for k in (0..many.columns).step_by(most) {
                 let width = most.min(many.columns - k);

@@ -7,11 +7,18 @@ use super::lanes::{CODES, Dot, panel_rows};
 /// come late, leave registers for a unit of a panel.
 pub const TILE: usize = 6;
 
+/// The same where sums over a segment are added to sums in memory and there are registers enough:
+/// codes are decoded for fewer tiles.
+pub const HIGH_TILE: usize = 2 * TILE;
+
 /// Units of a panel without segments of its own between two fetches.
 const SEGMENT: usize = 32;
 
 /// Something that tiles of results are made from.
 pub trait Tiles<D: Dot> {
+    /// The most rows of activations in a tile.
+    const ROWS: usize = TILE;
+
     /// Units of four bytes of a row of activations that are used.
     fn units(&self) -> usize;
 
@@ -65,8 +72,9 @@ pub fn tiles<D: Dot, T: Tiles<D>>(
     let rows = panel_rows::<D>();
     let used = panel.units() * (CODES / D::STEPS);
     assert!(m > 0 && x.len() >= (m - 1) * stride + used && sums.len() >= m * rows);
-    let tiles = m.div_ceil(TILE);
+    let tiles = m.div_ceil(T::ROWS);
     let mut ahead = ahead.steps(tiles * panel.segments());
+    let high = T::ROWS == HIGH_TILE;
     let mut done = 0;
     for i in 0..tiles {
         // Tiles of nearly equal height: a low one is slow.
@@ -81,6 +89,12 @@ pub fn tiles<D: Dot, T: Tiles<D>>(
                 3 => panel.tile::<3>(d, x, stride, &mut ahead, sums),
                 4 => panel.tile::<4>(d, x, stride, &mut ahead, sums),
                 5 => panel.tile::<5>(d, x, stride, &mut ahead, sums),
+                7 if high => panel.tile::<7>(d, x, stride, &mut ahead, sums),
+                8 if high => panel.tile::<8>(d, x, stride, &mut ahead, sums),
+                9 if high => panel.tile::<9>(d, x, stride, &mut ahead, sums),
+                10 if high => panel.tile::<10>(d, x, stride, &mut ahead, sums),
+                11 if high => panel.tile::<11>(d, x, stride, &mut ahead, sums),
+                12 if high => panel.tile::<HIGH_TILE>(d, x, stride, &mut ahead, sums),
                 _ => panel.tile::<TILE>(d, x, stride, &mut ahead, sums),
             }
         }
@@ -164,7 +178,7 @@ impl<D: Dot> Tiles<D> for Unscaled<'_> {
         let segments = self.units.chunks(self.segment * rows);
         // SAFETY: the caller's; chunks of units and scales are whole rows of lanes.
         unsafe {
-            let mut acc = load_sums::<D, H>(d, sums);
+            let mut acc = Sums::<D, H>::new(d, sums);
             let mut x = x;
             for (units, scales) in segments.zip(self.scales.chunks_exact(rows)) {
                 ahead.fetch(d);
@@ -178,32 +192,70 @@ impl<D: Dot> Tiles<D> for Unscaled<'_> {
                     }
                     x = x.add(per);
                 }
-                apply_scales(d, scales, dot, &mut acc);
+                acc.add(d, scales, dot);
             }
-            store_sums(d, acc, sums);
+            acc.finish(d);
         }
     }
 }
 
-/// Adds sums over a segment, times their scales.
-///
-/// # Safety
-/// There are [`panel_rows`] scales.
-#[inline(always)]
-unsafe fn apply_scales<D: Dot, const H: usize>(
-    d: D,
-    scales: &[f32],
-    dot: [[D::F; 2]; H],
-    acc: &mut [[D::F; 2]; H],
-) {
-    // SAFETY: the caller's.
-    let (a, b) = unsafe { (d.load(scales.as_ptr()), d.load(scales.as_ptr().add(D::LANES))) };
-    for (acc, dot) in acc.iter_mut().zip(dot) {
-        *acc = [d.fma(dot[0], a, acc[0]), d.fma(dot[1], b, acc[1])];
+/// The sums of a tile: in registers if there are enough, else where they lie.
+struct Sums<D: Dot, const H: usize> {
+    acc: [[D::F; 2]; H],
+    at: *mut f32,
+}
+
+impl<D: Dot, const H: usize> Sums<D, H> {
+    const HELD: bool = H <= TILE;
+
+    /// # Safety
+    /// `H` rows of sums at `at` can be read and written, as long as this lives.
+    #[inline(always)]
+    unsafe fn new(d: D, at: *mut f32) -> Self {
+        if Self::HELD {
+            // SAFETY: the caller's.
+            Self { acc: unsafe { load_sums::<D, H>(d, at) }, at }
+        } else {
+            Self { acc: [[d.splat(0.0); 2]; H], at }
+        }
+    }
+
+    /// Adds sums over a segment, times their scales.
+    ///
+    /// # Safety
+    /// There are [`panel_rows`] scales.
+    #[inline(always)]
+    unsafe fn add(&mut self, d: D, scales: &[f32], dot: [[D::F; 2]; H]) {
+        // SAFETY: the caller's, and that of `new`.
+        unsafe {
+            let (a, b) = (d.load(scales.as_ptr()), d.load(scales.as_ptr().add(D::LANES)));
+            for (h, (acc, dot)) in self.acc.iter_mut().zip(dot).enumerate() {
+                if Self::HELD {
+                    *acc = [d.fma(dot[0], a, acc[0]), d.fma(dot[1], b, acc[1])];
+                } else {
+                    let at = self.at.add(h * panel_rows::<D>());
+                    d.store(d.fma(dot[0], a, d.load(at)), at);
+                    let at = at.add(D::LANES);
+                    d.store(d.fma(dot[1], b, d.load(at)), at);
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// That of [`Sums::new`].
+    #[inline(always)]
+    unsafe fn finish(self, d: D) {
+        if Self::HELD {
+            // SAFETY: the caller's.
+            unsafe { store_sums(d, self.acc, self.at) }
+        }
     }
 }
 
 impl<D: Dot> Tiles<D> for Coded<'_> {
+    const ROWS: usize = if D::LANES >= 16 { HIGH_TILE } else { TILE };
+
     #[inline(always)]
     fn units(&self) -> usize {
         self.words.len() / panel_rows::<D>() * D::STEPS
@@ -228,7 +280,7 @@ impl<D: Dot> Tiles<D> for Coded<'_> {
         let segments = self.words.chunks(self.segment * rows);
         // SAFETY: the caller's; chunks of words and scales are whole rows of lanes.
         unsafe {
-            let mut acc = load_sums::<D, H>(d, sums);
+            let mut acc = Sums::<D, H>::new(d, sums);
             let mut x = x;
             for (words, scales) in segments.zip(self.scales.chunks_exact(rows)) {
                 ahead.fetch(d);
@@ -246,9 +298,9 @@ impl<D: Dot> Tiles<D> for Coded<'_> {
                         x = x.add(per);
                     }
                 }
-                apply_scales(d, scales, dot, &mut acc);
+                acc.add(d, scales, dot);
             }
-            store_sums(d, acc, sums);
+            acc.finish(d);
         }
     }
 }
