@@ -20,12 +20,13 @@ fn main() -> io::Result<()> {
     let mut text = format!("pub const HASH: [u8; 32] = {hash:?};\n");
     text.push_str("pub static SOURCES: &[(&str, &str)] = &[\n");
     for (name, path) in &sources {
-        let _ = writeln!(text, "    ({name:?}, include_str!({path:?})),");
+        let _ = writeln!(text, "    ({name:?}, include_str!({:?})),", path.to_string_lossy());
     }
     text.push_str("];\n");
     let archive = root.join("cuda/kernels.bin");
     let current = fs::read(&archive).is_ok_and(|bytes| bytes.get(HASH_AT) == Some(&hash));
-    let archive = if current { format!("Some(include_bytes!({archive:?}))") } else { "None".into() };
+    let embedded = format!("Some(include_bytes!({:?}))", archive.to_string_lossy());
+    let archive = if current { &embedded } else { "None" };
     let _ = writeln!(text, "pub static ARCHIVE: Option<&[u8]> = {archive};");
     fs::write(out.join("cuda_kernels.rs"), text)
 }
