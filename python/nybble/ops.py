@@ -1,7 +1,8 @@
 """The torch ops `torch.ops.nybble.*`: schema, shapes for tracing, CPU kernels, gradients.
 
 Everything that the layers do goes through these, so that `torch.compile` sees one node with a
-known shape. Devices other than the CPU run the definition in `reference.py`.
+known shape. `nybble.cuda` registers kernels for CUDA devices; others run the definition in
+`reference.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch import Tensor
 from nybble import _core, reference
 from nybble._memory import Memory, memory, optional_memory
 from nybble.errors import DeviceError, DtypeError, FormatError
+
+# Whether torch's "cuda" means CUDA. With ROCm it does not, and the ops stay plain torch code.
+HAS_CUDA = torch.version.hip is None
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset"
 _HOW = "str format, int blocksize, SymInt[] shape"
@@ -292,8 +296,7 @@ def is_plain(x: Tensor, packed: Tensor) -> bool:
     """Whether no subclass, mode or transform of torch wants to see what is done with these."""
     return (
         type(x) is Tensor
-        and x.is_cpu
-        and packed.is_cpu
+        and ((x.is_cpu and packed.is_cpu) or (HAS_CUDA and x.is_cuda and packed.is_cuda))
         and _modes() == 0
         and _transforms() is None
         and torch.autograd.forward_ad._current_level < 0

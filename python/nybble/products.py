@@ -1,7 +1,8 @@
 """Products with a quantized weight: `torch.ops.nybble.linear` and its gradient.
 
-On a CPU the kernels decode the weight on the way; it never exists as a whole. Other devices, and
-activations in types without kernels, use the definition in `reference.py`.
+On a CPU the kernels decode the weight on the way; it never exists as a whole. `cuda/products.py` is
+for CUDA devices. Other devices, and activations in types without kernels, use the definition in
+`reference.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from nybble import _core, ops, reference
 from nybble._memory import memory, optional_memory
+from nybble.cuda import place
+from nybble.cuda import products as cuda
 
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -152,7 +155,7 @@ class Memo:
     __slots__ = ("_prepared",)
 
     def __init__(self) -> None:
-        self._prepared: _core.Prepared | None = None
+        self._prepared: _core.Prepared | _core.CudaWeight | None = None
 
     def get(
         self,
@@ -163,17 +166,19 @@ class Memo:
         format: str,
         blocksize: int,
         shape: Sequence[int],
-    ) -> _core.Prepared:
-        """The description of a weight in host memory."""
+    ) -> _core.Prepared | _core.CudaWeight:
+        """The description of a weight in host memory, or that of a CUDA device."""
         nested = None
         if nested_absmax is not None and nested_offset is not None:
             nested = (nested_absmax.data_ptr(), nested_offset.data_ptr())
         prepared = self._prepared
         if prepared is None or not prepared.is_at(packed.data_ptr(), absmax.data_ptr(), nested):
-            weight = ops.weight(
-                packed, absmax, nested_absmax, nested_offset, format, blocksize, shape
+            parts = (packed, absmax, nested_absmax, nested_offset)
+            prepared = self._prepared = (
+                _core.Prepared(ops.weight(*parts, format, blocksize, shape))
+                if packed.is_cpu
+                else place.weight(*parts, format, blocksize, shape)
             )
-            prepared = self._prepared = _core.Prepared(weight)
         return prepared
 
     def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
@@ -193,7 +198,7 @@ def linear(
     shape: Sequence[int],
     memo: Memo | None = None,
 ) -> Tensor:
-    """`torch.ops.nybble.linear`; calls the CPU kernel itself where nothing else has a say.
+    """`torch.ops.nybble.linear`; calls the kernel itself where nothing else has a say.
 
     For a small layer and one row, torch's way to a kernel in Python takes longer than the kernel.
     `memo` spares describing the weight again.
@@ -203,6 +208,10 @@ def linear(
         result: Tensor = torch.ops.nybble.linear(x, *parts, bias, format, blocksize, shape)
         return result
     if memo is None or x.dtype not in _FLOATS:
-        return _linear_cpu(x, *parts, bias, format, blocksize, shape)
+        straight = _linear_cpu if x.is_cpu else cuda.linear
+        return straight(x, *parts, bias, format, blocksize, shape)
     ops.check_product(x, shape)
-    return _product(memo.get(*parts, format, blocksize, shape), x, bias, shape[0])
+    prepared = memo.get(*parts, format, blocksize, shape)
+    if isinstance(prepared, _core.Prepared):
+        return _product(prepared, x, bias, shape[0])
+    return cuda.product(prepared, x, packed, bias, format, blocksize, shape)

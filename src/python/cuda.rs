@@ -176,6 +176,12 @@ pub fn cuda_quantize(
     Ok(())
 }
 
+/// Raises the error for a value that is not finite, which only the caller has read.
+#[pyfunction]
+pub fn refuse_nonfinite(index: usize, value: f32) -> PyResult<()> {
+    Err(Error::NonFinite { index, value }.into())
+}
+
 /// Quantizes the rows of `x` to signed bytes, one scale each; columns with a flag count as 0.
 #[pyfunction]
 #[pyo3(signature = (x, flags, codes, absmax, rows, place))]

@@ -26,7 +26,7 @@ mod _core {
     #[pymodule_export]
     use super::cuda::{
         CudaWeight, codebook_tables, cuda_available, cuda_devices, cuda_int8_linear,
-        cuda_int8_outliers, cuda_int8_rows, cuda_most_rows, cuda_quantize, cuda_warmup,
+        cuda_int8_outliers, cuda_int8_rows, cuda_most_rows, cuda_quantize, cuda_warmup, refuse_nonfinite,
     };
     #[pymodule_export]
     use super::integer::{int8_linear, integer_linear, integers};
