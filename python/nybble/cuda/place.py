@@ -96,7 +96,7 @@ def tables(format: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.tensor(values, dtype=torch.float32, device=device),
         torch.tensor(pivots, dtype=torch.float32, device=device),
-        torch.tensor(order, dtype=torch.uint8, device=device),
+        torch.tensor(list(order), dtype=torch.uint8, device=device),
     )
 
 
