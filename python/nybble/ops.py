@@ -119,13 +119,15 @@ def _quantize_cpu(
     return out
 
 
-@torch.library.impl("nybble::quantize", "CompositeExplicitAutograd")
-def _quantize_elsewhere(
+def quantize_on_cpu(
     x: Tensor, format: str, blocksize: int, nested: bool, reference: str, nonfinite: str
 ) -> tuple[Tensor, ...]:
     """Devices without kernels: quantized on the CPU, which defines the bytes, and moved back."""
     out = torch.ops.nybble.quantize(x.cpu(), format, blocksize, nested, reference, nonfinite)
     return tuple(part.to(x.device) for part in out)
+
+
+torch.library.impl("nybble::quantize", "CompositeExplicitAutograd")(quantize_on_cpu)
 
 
 @torch.library.register_fake("nybble::quantize")

@@ -21,7 +21,7 @@ def quantize(
     """`nybble::quantize`. Waits for the device only to learn whether all values are finite."""
     if reference != "exact" or nonfinite not in ("error", "zero") or x.numel() == 0:
         # What another library does on a CPU, what only the core can refuse, and nothing at all.
-        return ops._quantize_elsewhere(x, format, blocksize, nested, reference, nonfinite)
+        return ops.quantize_on_cpu(x, format, blocksize, nested, reference, nonfinite)
     x = place.aligned(x)
     at = place.where(x)
     out = ops._empty_quantized(x, format, blocksize, nested)
