@@ -159,9 +159,7 @@ def pack(digest: bytes, images: Sequence[Image]) -> bytes:
     offset = len(MAGIC) + len(digest) + 8 + 32 * len(images)
     table = b""
     for image, data in zip(images, stored, strict=True):
-        table += struct.pack(
-            "<IIQQQ", image.kind, image.arch, offset, len(data), len(image.data)
-        )
+        table += struct.pack("<IIQQQ", image.kind, image.arch, offset, len(data), len(image.data))
         offset += len(data)
     return MAGIC + digest + struct.pack("<II", len(images), 0) + table + b"".join(stored)
 
