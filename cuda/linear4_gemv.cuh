@@ -33,12 +33,14 @@ template <class T> DEVICE void linear4_gemv(const Linear4 &p) {
     const u32 lane = lane_of_warp();
     const T *x = static_cast<const T *>(p.x);
     const bool words = p.k % GEMV_CODES == 0;
+#pragma unroll 1
     for (u64 m0 = u64(blockIdx.y) * GEMV_TOKENS; m0 < p.m; m0 += u64(gridDim.y) * GEMV_TOKENS) {
         // Tokens beyond the last read the last one again.
         const T *tokens[GEMV_TOKENS];
 #pragma unroll
         for (u32 j = 0; j < GEMV_TOKENS; ++j) tokens[j] = x + (m0 + j < p.m ? m0 + j : p.m - 1) * p.k;
         const u64 warps = GEMV_THREADS / WARP;
+#pragma unroll 1
         for (u64 n = blockIdx.x * warps + warp_of_block(); n < p.n; n += gridDim.x * warps) {
             const u64 row = n * p.k;
             float sums[GEMV_TOKENS] = {};

@@ -90,10 +90,12 @@ template <class T> DEVICE void quantize4(const Quantize4 &p) {
     const u64 piece = blocksize > EACH_WARP ? blocksize : EACH_WARP;
     const u32 lanes = blocksize < EACH_WARP ? u32(blocksize) / EACH_LANE : WARP;
     const u64 first = (u64(blockIdx.x) * QUANTIZE_WARPS + warp_of_block()) * piece;
+#pragma unroll 1
     for (u64 start = first; start < p.n; start += u64(gridDim.x) * QUANTIZE_WARPS * piece) {
         const u64 end = start + piece < p.n ? start + piece : p.n;
         float x[EACH_LANE];
         u32 largest = 0;
+#pragma unroll 1
         for (u64 at = start; at < end; at += EACH_WARP) {
             load_eight(x, from, at + lane_of_warp() * EACH_LANE, p.n, p.nonfinite);
             largest = larger(largest, largest_of_eight(x));
@@ -109,6 +111,7 @@ template <class T> DEVICE void quantize4(const Quantize4 &p) {
             else
                 static_cast<float *>(p.scales)[block] = absmax;
         }
+#pragma unroll 1
         for (u64 at = start; at < end; at += EACH_WARP) {
             const u64 i = at + lane_of_warp() * EACH_LANE;
             // A block that the registers hold is not read again.
