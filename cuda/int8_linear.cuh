@@ -30,7 +30,10 @@ template <class T> DEVICE void int8_linear_small(const Int8Linear &p) {
 #pragma unroll
         for (u32 j = 0; j < INT8_TOKENS; ++j) tokens[j] = (m0 + j < p.m ? m0 + j : p.m - 1) * p.k;
 #pragma unroll 1
-        for (u64 n = blockIdx.x * warps + warp_of_block(); n < p.n; n += gridDim.x * warps) {
+        for (u64 n0 = blockIdx.x * warps; n0 < p.n; n0 += gridDim.x * warps) {
+            // Rows beyond the last read the last one again, so that whole thread blocks go on.
+            const bool there = n0 + warp_of_block() < p.n;
+            const u64 n = there ? n0 + warp_of_block() : p.n - 1;
             const i8 *row = p.weight + n * p.k;
             i32 sums[INT8_TOKENS] = {};
             float outlying[INT8_TOKENS] = {};
@@ -74,7 +77,7 @@ template <class T> DEVICE void int8_linear_small(const Int8Linear &p) {
                     outlier = outlying[j];
                 }
             }
-            if (lane < INT8_TOKENS && m0 + lane < p.m) finish<T>(p, m0 + lane, n, sum, outlier);
+            if (there && lane < INT8_TOKENS && m0 + lane < p.m) finish<T>(p, m0 + lane, n, sum, outlier);
         }
     }
 }
