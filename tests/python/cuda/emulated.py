@@ -161,9 +161,7 @@ class Emulator:
     ) -> None:
         """Run one kernel."""
         grids, blocks = (c_uint32 * 3)(grid, grid_y, 1), (c_uint32 * 3)(block, 1, 1)
-        status = self._library.nybble_emulate(
-            name.encode(), grids, blocks, 0, ctypes.byref(params)
-        )
+        status = self._library.nybble_emulate(name.encode(), grids, blocks, 0, ctypes.byref(params))
         assert status == 0, f"{name}: status {status}"
 
 

@@ -55,9 +55,7 @@ def quantize4(
         x=at(x), packed=at(packed), scales=at(scales), n=n, log2_blocksize=int(math.log2(blocksize)),
         scale=int(e8m0), nonfinite=NonFinite(first=at(first), zero=zero), encoder=encoder(format),
     )  # fmt: skip
-    emulator.launch(
-        f"quantize4_{NAMES[x.dtype]}", params, pieces(n, max(1024, 8 * blocksize))
-    )
+    emulator.launch(f"quantize4_{NAMES[x.dtype]}", params, pieces(n, max(1024, 8 * blocksize)))
     return packed, scales, int(first) % 2**64
 
 
@@ -133,7 +131,9 @@ def test_values_at_and_beside_every_pivot_are_encoded_like_on_the_cpu(
 def test_the_smallest_and_largest_numbers_are_encoded_like_on_the_cpu(
     loaded: Emulator, format: str, scale: float
 ) -> None:
-    x = (torch.randn(320, generator=torch.Generator().manual_seed(3)).clamp(-3, 3).double() * scale).float()
+    x = (
+        torch.randn(320, generator=torch.Generator().manual_seed(3)).clamp(-3, 3).double() * scale
+    ).float()
     want = nb.quantize(x, format, blocksize=32)
     packed, scales, _ = quantize4(loaded, x, format, 32)
     assert same_bits(packed, want.packed)
@@ -177,7 +177,13 @@ def test_dequantize4_has_the_bits_of_the_cpu_from_any_start(
     n=lengths, dtype=dtypes, seed=seeds, kind=kinds,
 )  # fmt: skip
 def test_eight_bit_codes_have_the_bits_of_the_cpu_both_ways(
-    emulator: Emulator, format: str, blocksize: int, n: int, dtype: torch.dtype, seed: int, kind: str
+    emulator: Emulator,
+    format: str,
+    blocksize: int,
+    n: int,
+    dtype: torch.dtype,
+    seed: int,
+    kind: str,
 ) -> None:
     x = for_format(tensor((n,), dtype, seed, kind), format)
     want = nb.quantize(x, format, blocksize=blocksize)

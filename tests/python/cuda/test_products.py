@@ -135,9 +135,7 @@ def test_every_order_of_threads_gives_the_same_bits(loaded: Emulator, kernel: st
 
 @pytest.mark.parametrize("kernel", ["linear4_small8", "linear4_gemv"])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_what_is_not_finite_stays_with_its_token(
-    loaded: Emulator, kernel: str, bad: float
-) -> None:
+def test_what_is_not_finite_stays_with_its_token(loaded: Emulator, kernel: str, bad: float) -> None:
     x, q, _ = operands(5, 33, 640, torch.float16, 8, "normal", ("int4", 64, False), None)
     x[2, 77] = bad
     y = linear4(loaded, kernel, x, q, None)
