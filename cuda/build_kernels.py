@@ -175,8 +175,11 @@ def unpack(archive: bytes) -> tuple[bytes, list[Image]]:
     (count, _) = struct.unpack_from("<II", archive, 40)
     images = []
     for i in range(count):
-        kind, arch, offset, stored, length = struct.unpack_from("<IIQQQ", archive, 48 + 32 * i)
-        data = zlib.decompress(archive[offset : offset + stored])
+        try:
+            kind, arch, offset, stored, length = struct.unpack_from("<IIQQQ", archive, 48 + 32 * i)
+            data = zlib.decompress(archive[offset : offset + stored])
+        except (struct.error, zlib.error) as error:
+            raise BuildError(f"image {i} of {count} is cut off or damaged: {error}") from error
         if len(data) != length:
             raise BuildError(f"image {i} has {len(data)} bytes, not {length}")
         images.append(Image(kind, arch, data))

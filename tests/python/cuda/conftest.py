@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ EMULATOR = ROOT / "tests" / "cuda" / "emulator"
 sys.path[:0] = [str(EMULATOR), str(ROOT / "cuda"), str(Path(__file__).parent)]
 
 import build  # noqa: E402
-from emulated import Emulator  # noqa: E402
+from params import Emulator  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +22,10 @@ def emulator_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library; skips where there is no C++ compiler."""
     if build.compiler() is None:
         pytest.skip("no C++ compiler (g++, or CXX)")
-    out: Path = build.build(tmp_path_factory.mktemp("emulator") / "libnybble_emulator.so")
+    out: Path = build.build(
+        tmp_path_factory.mktemp("emulator") / "libnybble_emulator.so",
+        sanitize=bool(os.environ.get("NYBBLE_EMULATOR_SANITIZE")),
+    )
     return out
 
 

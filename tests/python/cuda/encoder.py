@@ -10,7 +10,8 @@ import functools
 import math
 
 import torch
-from emulated import Encoder4, values_of
+from emulated import values_of
+from params import Encoder4
 
 
 @functools.cache

@@ -9,9 +9,11 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from emulated import (
-    CODES,
-    NAMES,
+from emulated import CODES, NAMES, at, poisoned, scales_of, values_of
+from encoder import encoder, pivots_and_order
+from hypothesis import HealthCheck, given, settings
+from params import (
+    STRUCTS,
     Dequantize4,
     Dequantize8,
     Emulator,
@@ -19,14 +21,8 @@ from emulated import (
     NonFinite,
     Quantize4,
     Quantize8,
-    at,
     pieces,
-    poisoned,
-    scales_of,
-    values_of,
 )
-from encoder import encoder, pivots_and_order
-from hypothesis import HealthCheck, given, settings
 
 import nybble as nb
 from strategies import FOUR_BIT, SPEC, dtypes, for_format, kinds, same_bits, seeds, tensor
@@ -52,7 +48,8 @@ def quantize4(
     scales = poisoned(-(-n // blocksize), torch.uint8 if e8m0 else torch.float32)
     first = torch.tensor([-1])
     params = Quantize4(
-        x=at(x), packed=at(packed), scales=at(scales), n=n, log2_blocksize=int(math.log2(blocksize)),
+        x=at(x), packed=at(packed), scales=at(scales), n=n,
+        log2_blocksize=int(math.log2(blocksize)),
         scale=int(e8m0), nonfinite=NonFinite(first=at(first), zero=zero), encoder=encoder(format),
     )  # fmt: skip
     emulator.launch(f"quantize4_{NAMES[x.dtype]}", params, pieces(n, max(1024, 8 * blocksize)))
@@ -245,7 +242,8 @@ def test_nested_scales_made_of_three_kernels_are_those_of_the_cpu(
     packed, scales, _ = quantize4(loaded, x, format, 64)
     offset = mean(loaded, scales)
     codes, absmax = quantize8(loaded, scales, "dynamic8", 256, subtract=offset)
-    assert want.nested_absmax is not None and want.nested_offset is not None
+    assert want.nested_absmax is not None
+    assert want.nested_offset is not None
     assert same_bits(packed, want.packed)
     assert same_bits(offset, want.nested_offset)
     assert same_bits(codes, want.absmax)
@@ -253,8 +251,6 @@ def test_nested_scales_made_of_three_kernels_are_those_of_the_cpu(
 
 
 def test_structs_are_as_long_as_the_kernels_think(loaded: Emulator) -> None:
-    from emulated import STRUCTS
-
     for struct in STRUCTS:
         assert ctypes.sizeof(struct) == loaded.sizeof(struct.__name__), struct
     assert CODES.keys() == NAMES.keys()

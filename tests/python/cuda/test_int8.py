@@ -7,9 +7,9 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
-from emulated import (
-    CODES,
-    NAMES,
+from emulated import CODES, NAMES, at, poisoned
+from hypothesis import HealthCheck, given, settings
+from params import (
     Emulator,
     Int8Dequantize,
     Int8Flags,
@@ -18,11 +18,8 @@ from emulated import (
     Int8Rows,
     NonFinite,
     Outliers,
-    at,
     pieces,
-    poisoned,
 )
-from hypothesis import HealthCheck, given, settings
 
 import nybble as nb
 from nybble import reference

@@ -7,18 +7,9 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from emulated import (
-    CODES,
-    NAMES,
-    Emulator,
-    Linear4,
-    at,
-    pieces,
-    poisoned,
-    scales_of,
-    values_of,
-)
+from emulated import CODES, NAMES, at, poisoned, scales_of, values_of
 from hypothesis import HealthCheck, given, settings
+from params import Emulator, Linear4, pieces
 
 import nybble as nb
 from strategies import FOUR_BIT, SPEC, dtypes, kinds, seeds, tensor
