@@ -36,21 +36,24 @@ template <class T> DEVICE void quantize8(const Quantize8 &p) {
     const u64 blocksize = u64(1) << p.log2_blocksize;
     const u64 piece = blocksize > EACH_WARP ? blocksize : EACH_WARP;
     const u32 lanes = blocksize < EACH_WARP ? u32(blocksize) / EACH_LANE : WARP;
-    const u64 first = (u64(blockIdx.x) * QUANTIZE_WARPS + warp_of_block()) * piece;
-    for (u64 start = first; start < p.n; start += u64(gridDim.x) * QUANTIZE_WARPS * piece) {
-        const u64 end = start + piece < p.n ? start + piece : p.n;
+    const u64 together = QUANTIZE_WARPS * piece;
+#pragma unroll 1
+    for (u64 base = blockIdx.x * together; base < p.n; base += gridDim.x * together) {
+        const u64 start = base + warp_of_block() * piece;
         float x[EACH_LANE];
         u32 largest = 0;
-        for (u64 at = start; at < end; at += EACH_WARP) {
-            load_shifted<T>(x, p, at + lane_of_warp() * EACH_LANE, subtract);
+#pragma unroll 1
+        for (u64 within = 0; within < piece; within += EACH_WARP) {
+            load_shifted<T>(x, p, start + within + lane_of_warp() * EACH_LANE, subtract);
             largest = larger(largest, largest_of_eight(x));
         }
         const float absmax = __uint_as_float(largest_of(largest, lanes));
         const Divisor by = divisor_of(absmax);
         const u64 mine = start + lane_of_warp() * EACH_LANE;
         if (lane_of_warp() % lanes == 0 && mine < p.n) p.absmax[mine >> p.log2_blocksize] = absmax;
-        for (u64 at = start; at < end; at += EACH_WARP) {
-            const u64 i = at + lane_of_warp() * EACH_LANE;
+#pragma unroll 1
+        for (u64 within = 0; within < piece; within += EACH_WARP) {
+            const u64 i = start + within + lane_of_warp() * EACH_LANE;
             if (piece > EACH_WARP) load_shifted<T>(x, p, i, subtract);
             Words2 codes = {{0, 0}};
 #pragma unroll
@@ -74,6 +77,7 @@ template <class T> DEVICE void dequantize8(const Dequantize8 &p) {
     T *out = static_cast<T *>(p.out);
     constexpr u32 EACH = 4; // a word of codes
     const u64 span = u64(blockDim.x) * EACH;
+#pragma unroll 1
     for (u64 start = blockIdx.x * span; start < p.n; start += gridDim.x * span) {
         const u64 i = start + threadIdx.x * EACH;
         if (i >= p.n) continue;

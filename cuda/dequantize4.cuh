@@ -34,6 +34,7 @@ template <class T> DEVICE void dequantize4(const Dequantize4 &p) {
     T *out = static_cast<T *>(p.out);
     const u8 *packed = p.packed + p.first / 2;
     const u64 span = u64(DEQUANTIZE_THREADS) * EACH, piece = span * DEQUANTIZE_BATCH;
+#pragma unroll 1
     for (u64 start = blockIdx.x * piece; start < p.n; start += gridDim.x * piece) {
         u32 words[DEQUANTIZE_BATCH];
         float scales[DEQUANTIZE_BATCH];

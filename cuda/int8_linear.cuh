@@ -23,12 +23,17 @@ template <class T> DEVICE void int8_linear_small(const Int8Linear &p) {
     const T *x = static_cast<const T *>(p.x);
     const u32 outliers = p.outliers.count ? *p.outliers.count : 0;
     const bool pieces = (p.k | reinterpret_cast<u64>(p.codes) | reinterpret_cast<u64>(p.weight)) % 16 == 0;
+#pragma unroll 1
     for (u64 m0 = u64(blockIdx.y) * INT8_TOKENS; m0 < p.m; m0 += u64(gridDim.y) * INT8_TOKENS) {
         // Tokens beyond the last read the last one again.
         u64 tokens[INT8_TOKENS];
 #pragma unroll
         for (u32 j = 0; j < INT8_TOKENS; ++j) tokens[j] = (m0 + j < p.m ? m0 + j : p.m - 1) * p.k;
-        for (u64 n = blockIdx.x * warps + warp_of_block(); n < p.n; n += gridDim.x * warps) {
+#pragma unroll 1
+        for (u64 n0 = blockIdx.x * warps; n0 < p.n; n0 += gridDim.x * warps) {
+            // Rows beyond the last read the last one again, so that whole thread blocks go on.
+            const bool there = n0 + warp_of_block() < p.n;
+            const u64 n = there ? n0 + warp_of_block() : p.n - 1;
             const i8 *row = p.weight + n * p.k;
             i32 sums[INT8_TOKENS] = {};
             float outlying[INT8_TOKENS] = {};
@@ -72,7 +77,7 @@ template <class T> DEVICE void int8_linear_small(const Int8Linear &p) {
                     outlier = outlying[j];
                 }
             }
-            if (lane < INT8_TOKENS && m0 + lane < p.m) finish<T>(p, m0 + lane, n, sum, outlier);
+            if (there && lane < INT8_TOKENS && m0 + lane < p.m) finish<T>(p, m0 + lane, n, sum, outlier);
         }
     }
 }
@@ -81,6 +86,7 @@ template <class T> DEVICE void int8_finish(const Int8Linear &p) {
     const T *x = static_cast<const T *>(p.x);
     const u32 outliers = p.outliers.count ? *p.outliers.count : 0;
     const u64 all = p.m * p.n;
+#pragma unroll 1
     for (u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x; i < all; i += u64(gridDim.x) * blockDim.x) {
         const u64 m = i / p.n, n = i % p.n;
         float outlying = 0.0f;

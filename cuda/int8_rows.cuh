@@ -11,8 +11,10 @@ static constexpr u32 INT8_THREADS = 256, FLAG_ROWS = 64, LIST_THREADS = 1024;
 
 template <class T> DEVICE void int8_flags(const Int8Flags &p) {
     const T *x = static_cast<const T *>(p.x);
+#pragma unroll 1
     for (u64 row0 = u64(blockIdx.y) * FLAG_ROWS; row0 < p.rows; row0 += u64(gridDim.y) * FLAG_ROWS) {
         const u64 end = row0 + FLAG_ROWS < p.rows ? row0 + FLAG_ROWS : p.rows;
+#pragma unroll 1
         for (u64 column = u64(blockIdx.x) * blockDim.x + threadIdx.x; column < p.columns;
              column += u64(gridDim.x) * blockDim.x) {
             bool outlier = false;
@@ -26,6 +28,7 @@ DEVICE void list_outliers(const Int8Outliers &p) {
     SHARED(u32, found, LIST_THREADS / WARP);
     const u32 lane = lane_of_warp(), warp = warp_of_block();
     u32 before = 0;
+#pragma unroll 1
     for (u64 start = 0; start < p.columns; start += LIST_THREADS) {
         const u64 column = start + threadIdx.x;
         const bool flagged = column < p.columns && p.flags[column];
@@ -54,6 +57,7 @@ template <class T> DEVICE float inlier(const Int8Rows &p, const T *row, u64 firs
 
 template <class T> DEVICE void int8_rows(const Int8Rows &p) {
     SHARED(u32, largest_of_warp, INT8_THREADS / WARP);
+#pragma unroll 1
     for (u64 row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const u64 first = row * p.columns;
         const T *x = static_cast<const T *>(p.x) + first;
@@ -81,6 +85,7 @@ template <class T> DEVICE void int8_rows(const Int8Rows &p) {
 template <class T> DEVICE void int8_dequantize(const Int8Dequantize &p) {
     T *out = static_cast<T *>(p.out);
     const u64 n = p.rows * p.columns;
+#pragma unroll 1
     for (u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += u64(gridDim.x) * blockDim.x)
         out[i] = narrow<T>(float(p.codes[i]) * p.absmax[i / p.columns] * INVERSE_QMAX);
 }

@@ -33,13 +33,18 @@ template <class T> DEVICE void linear4_gemv(const Linear4 &p) {
     const u32 lane = lane_of_warp();
     const T *x = static_cast<const T *>(p.x);
     const bool words = p.k % GEMV_CODES == 0;
+#pragma unroll 1
     for (u64 m0 = u64(blockIdx.y) * GEMV_TOKENS; m0 < p.m; m0 += u64(gridDim.y) * GEMV_TOKENS) {
         // Tokens beyond the last read the last one again.
         const T *tokens[GEMV_TOKENS];
 #pragma unroll
         for (u32 j = 0; j < GEMV_TOKENS; ++j) tokens[j] = x + (m0 + j < p.m ? m0 + j : p.m - 1) * p.k;
         const u64 warps = GEMV_THREADS / WARP;
-        for (u64 n = blockIdx.x * warps + warp_of_block(); n < p.n; n += gridDim.x * warps) {
+#pragma unroll 1
+        for (u64 n0 = blockIdx.x * warps; n0 < p.n; n0 += gridDim.x * warps) {
+            // Rows beyond the last read the last one again, so that whole thread blocks go on.
+            const bool there = n0 + warp_of_block() < p.n;
+            const u64 n = there ? n0 + warp_of_block() : p.n - 1;
             const u64 row = n * p.k;
             float sums[GEMV_TOKENS] = {};
             if (words) {
@@ -75,7 +80,7 @@ template <class T> DEVICE void linear4_gemv(const Linear4 &p) {
                 const float all = warp_sum(sums[j]);
                 if (lane == j) sum = all;
             }
-            if (lane < GEMV_TOKENS && m0 + lane < p.m) {
+            if (there && lane < GEMV_TOKENS && m0 + lane < p.m) {
                 if (p.bias) sum += load_as(p.bias, n, p.bias_dtype);
                 static_cast<T *>(p.y)[(m0 + lane) * p.n + n] = narrow<T>(sum);
             }

@@ -15,10 +15,6 @@
 static constexpr u32 LINEAR_THREADS = 256, LINEAR_WARPS = LINEAR_THREADS / WARP;
 static constexpr u32 ROWS = 16, TOKENS = 8, STEP = 64;
 
-// Three ways to walk along a row: blocks of at least 64 with PLAIN or NESTED scales, and blocks of
-// 32, whose scales may be any.
-enum Kind { PLAIN, NESTED, SMALL_BLOCKS };
-
 // The two rows of W that a lane reads. What is counted from the start of a row fits in 32 bits.
 struct Rows {
     const u8 *bytes[2]; // the lane's first ones
@@ -26,20 +22,21 @@ struct Rows {
     u32 within[2];      // steps of that block that belong to the row before
 };
 
-// Some neighbouring steps of a lane's two rows. Blocks of 32 change which bytes of a step a lane
-// takes. Scales stay as they are stored until they are needed, so that nothing waits.
-template <Kind KIND, u32 STEPS> struct Group {
-    static constexpr bool HALVES = KIND == SMALL_BLOCKS;
-    static constexpr u32 EACH = HALVES ? 2 : 1, SCALES = STEPS * EACH;
+// What a launch needs beside its params: tables in shared memory, and the offset of nested scales.
+struct Tables {
+    const u32 *pairs;   // of values, see fill_pairs
+    const float *scales; // by code, before nested ones are multiplied and shifted
+    float offset;
+};
+
+// Some neighbouring steps of a lane's two rows. Scales are CODED (nested ones, exponents) or plain;
+// blocks of 32 (HALVES) change which bytes of a step a lane takes. Scales stay as they are stored
+// until they are needed, so that nothing waits.
+template <bool CODED, bool HALVES, u32 STEPS> struct Group {
+    static constexpr u32 SCALES = HALVES ? 2 * STEPS : STEPS;
     u32 words[2][STEPS][2];
     u32 stored[2][SCALES];   // bits of scales, or their codes
     float nested[2][SCALES]; // what nested ones are multiplied by
-
-    // The first of the eight codes, and activations, of a lane's word h.
-    DEVICE u32 offset(u32 h) {
-        const u32 t = lane_of_warp() % 4;
-        return HALVES ? 32 * h + 8 * t : 16 * t + 8 * h;
-    }
 
     METHOD void load(const Linear4 &p, const Rows &rows, u32 first) {
 #pragma unroll
@@ -56,42 +53,44 @@ template <Kind KIND, u32 STEPS> struct Group {
                     words[r][i][1] = both.word[1];
                 }
             }
-            u64 blocks[SCALES];
 #pragma unroll
             for (u32 i = 0; i < SCALES; ++i) {
                 const u32 within = HALVES ? 2 * first + i : (rows.within[r] + first + i) >> (p.scales.log2_blocksize - 6);
-                blocks[i] = rows.blocks[r] + within;
-            }
-            const bool plain = KIND == PLAIN || (KIND == SMALL_BLOCKS && p.scales.absmax);
-#pragma unroll
-            for (u32 i = 0; i < SCALES; ++i)
-                stored[r][i] = plain ? __float_as_uint(p.scales.absmax[blocks[i]]) : p.scales.codes[blocks[i]];
-            if (KIND == NESTED || (KIND == SMALL_BLOCKS && p.scales.codebook)) {
-#pragma unroll
-                for (u32 i = 0; i < SCALES; ++i)
-                    nested[r][i] = p.scales.nested_absmax[blocks[i] >> p.scales.log2_nested_blocksize];
+                const u64 block = rows.blocks[r] + within;
+                if constexpr (CODED) {
+                    stored[r][i] = p.scales.codes[block];
+                    nested[r][i] = p.scales.nested_absmax
+                                       ? p.scales.nested_absmax[block >> p.scales.log2_nested_blocksize]
+                                       : 1.0f;
+                } else {
+                    stored[r][i] = __float_as_uint(p.scales.absmax[block]);
+                }
             }
         }
     }
 
-    // The scale of block i of row r.
-    METHOD float scale(const Scales &scales, u32 r, u32 i) const {
-        if (KIND == PLAIN || (KIND == SMALL_BLOCKS && scales.absmax)) return __uint_as_float(stored[r][i]);
-        if (KIND == SMALL_BLOCKS && !scales.codebook) return e8m0_decode(stored[r][i]);
-        return scales.codebook[stored[r][i]] * nested[r][i] + *scales.offset;
+    // The scale of block i of row r; exponents are exact here, times 1 plus 0.
+    METHOD float scale(const Tables &tables, u32 r, u32 i) const {
+        if constexpr (CODED) return tables.scales[stored[r][i]] * nested[r][i] + tables.offset;
+        return __uint_as_float(stored[r][i]);
     }
 };
 
-// The two values of a byte of the word; `table` is the lane's own copy.
-DEVICE u32 values_of(const u32 *table, u32 word, u32 byte) {
-    const u32 offset = (byte ? word >> (8 * byte - 7) : word << 7) & (255u << 7);
-    return *reinterpret_cast<const u32 *>(reinterpret_cast<const char *>(table) + offset);
+// The first of the eight codes, and activations, of the lane's word 0 of a step; word 1 follows
+// at once, or half a step later.
+template <bool HALVES> DEVICE u32 lane_offset() { return lane_of_warp() % 4 * (HALVES ? 8 : 16); }
+
+// The two values of a byte of the word, from the lane's own copy: table and lane are joined to the
+// address by bits, which costs nothing.
+DEVICE u32 values_of(const u32 *pairs, u32 word, u32 byte) {
+    const u32 shifted = byte ? word >> (8 * byte - 7) : word << 7;
+    const u32 offset = masked_or(shifted, 255u << 7, lane_of_warp() * 4);
+    return *reinterpret_cast<const u32 *>(reinterpret_cast<const char *>(pairs) + offset);
 }
 
-template <class T, u32 TILES, Kind KIND, u32 STEPS>
-DEVICE void multiply(float sums[TILES][4], const Group<KIND, STEPS> &group, const Linear4 &p,
-                     const T *const tokens[TILES], const u32 *table, u32 first) {
-    constexpr bool HALVES = KIND == SMALL_BLOCKS;
+template <class T, u32 TILES, bool CODED, bool HALVES, u32 STEPS>
+DEVICE void multiply(float sums[TILES][4], const Group<CODED, HALVES, STEPS> &group, const Tables &tables,
+                     const T *const tokens[TILES], u32 first) {
 #pragma unroll
     for (u32 i = 0; i < STEPS; ++i) {
         float products[TILES][4] = {};
@@ -106,14 +105,14 @@ DEVICE void multiply(float sums[TILES][4], const Group<KIND, STEPS> &group, cons
                 u32 a[4];
 #pragma unroll
                 for (u32 part = 0; part < 4; ++part)
-                    a[part] = values_of(table, group.words[part % 2][i][h], 2 * j + part / 2);
+                    a[part] = values_of(tables.pairs, group.words[part % 2][i][h], 2 * j + part / 2);
 #pragma unroll
                 for (u32 tile = 0; tile < TILES; ++tile) mma(T{}, products[tile], a, &x[tile].word[2 * j]);
             }
             if (!HALVES && h == 0) continue;
 #pragma unroll
             for (u32 r = 0; r < 2; ++r) {
-                const float scale = group.scale(p.scales, r, HALVES ? 2 * i + h : i);
+                const float scale = group.scale(tables, r, HALVES ? 2 * i + h : i);
 #pragma unroll
                 for (u32 tile = 0; tile < TILES; ++tile)
 #pragma unroll
@@ -127,10 +126,10 @@ DEVICE void multiply(float sums[TILES][4], const Group<KIND, STEPS> &group, cons
 }
 
 // Pairs of values for every byte, 32 copies each: copy l of byte b is word 32 b + l.
-template <class T> DEVICE void fill_table(u32 *table, const float *values) {
+template <class T> DEVICE void fill_pairs(u32 *pairs, const float *values) {
     const u32 byte = threadIdx.x, both = pair<T>(values[byte >> 4], values[byte & 15u]);
     // Eight neighbouring threads write to different banks.
-    for (u32 i = 0; i < 8; ++i) store(table + byte * WARP + 4 * ((i + byte) % 8), Words4{{both, both, both, both}});
+    for (u32 i = 0; i < 8; ++i) store(pairs + byte * WARP + 4 * ((i + byte) % 8), Words4{{both, both, both, both}});
 }
 
 // Adds up what the warps have and writes the outputs of 16 rows and 8 tokens.
@@ -152,11 +151,10 @@ template <class T> DEVICE void finish_tile(const Linear4 &p, float *partial, con
 }
 
 // The warp's share of 16 rows times all of k.
-template <class T, u32 TILES, Kind KIND>
-DEVICE void sum_steps(float sums[TILES][4], const Linear4 &p, const u32 *table, u64 n0) {
-    constexpr bool HALVES = KIND == SMALL_BLOCKS;
-    constexpr u32 STEPS = HALVES ? 1 : 2;
-    using Steps = Group<KIND, STEPS>;
+template <class T, u32 TILES, bool CODED, bool HALVES>
+DEVICE void sum_steps(float sums[TILES][4], const Linear4 &p, const Tables &tables, u64 n0) {
+    constexpr u32 STEPS = CODED || HALVES || TILES > 1 ? 1 : 2; // more would need too many registers
+    using Steps = Group<CODED, HALVES, STEPS>;
     const u32 lane = lane_of_warp(), warp = warp_of_block();
     const u32 steps = u32(p.k / STEP), groups = steps / STEPS;
     // Tokens and rows beyond the last read the last one again; what they give is not stored.
@@ -164,7 +162,7 @@ DEVICE void sum_steps(float sums[TILES][4], const Linear4 &p, const u32 *table, 
 #pragma unroll
     for (u32 tile = 0; tile < TILES; ++tile) {
         const u64 token = tile * TOKENS + lane / 4;
-        tokens[tile] = static_cast<const T *>(p.x) + (token < p.m ? token : p.m - 1) * p.k + Steps::offset(0);
+        tokens[tile] = static_cast<const T *>(p.x) + (token < p.m ? token : p.m - 1) * p.k + lane_offset<HALVES>();
     }
     const u32 log2_steps = HALVES ? 0 : p.scales.log2_blocksize - 6; // of a block
     Rows rows;
@@ -172,7 +170,7 @@ DEVICE void sum_steps(float sums[TILES][4], const Linear4 &p, const u32 *table, 
     for (u32 r = 0; r < 2; ++r) {
         const u64 row = n0 + lane / 4 + 8 * r < p.n ? n0 + lane / 4 + 8 * r : p.n - 1;
         const u64 before = row * steps;
-        rows.bytes[r] = p.packed + before * (STEP / 2) + Steps::offset(0) / 2;
+        rows.bytes[r] = p.packed + before * (STEP / 2) + lane_offset<HALVES>() / 2;
         rows.blocks[r] = HALVES ? 2 * before : before >> log2_steps;
         rows.within[r] = u32(before) & ((1u << log2_steps) - 1);
     }
@@ -183,31 +181,36 @@ DEVICE void sum_steps(float sums[TILES][4], const Linear4 &p, const u32 *table, 
     for (; at < groups; at += LINEAR_WARPS) {
         Steps next = group;
         if (at + LINEAR_WARPS < groups) next.load(p, rows, (at + LINEAR_WARPS) * STEPS);
-        multiply<T, TILES>(sums, group, p, tokens, table + lane, at * STEPS);
+        multiply<T, TILES>(sums, group, tables, tokens, at * STEPS);
         group = next;
     }
     const u32 last = groups * STEPS + warp;
     if (STEPS > 1 && last < steps) {
-        Group<KIND, 1> one = {};
+        Group<CODED, HALVES, 1> one = {};
         one.load(p, rows, last);
-        multiply<T, TILES>(sums, one, p, tokens, table + lane, last);
+        multiply<T, TILES>(sums, one, tables, tokens, last);
     }
 }
 
 template <class T, u32 TILES> DEVICE void linear4_small(const Linear4 &p) {
-    SHARED(u32, table, 256 * WARP);
+    SHARED(u32, pairs, 256 * WARP);
+    SHARED(float, scales, 256);
     SHARED(float, partial, LINEAR_WARPS * ROWS * TOKENS);
-    fill_table<T>(table, p.values);
+    fill_pairs<T>(pairs, p.values);
+    const u32 code = threadIdx.x;
+    if (!p.scales.absmax) scales[code] = p.scales.codebook ? p.scales.codebook[code] : e8m0_decode(code);
     __syncthreads();
+    const Tables tables = {pairs, scales, p.scales.offset ? *p.scales.offset : 0.0f};
+    const bool halves = p.scales.log2_blocksize == 5;
 #pragma unroll 1
     for (u64 n0 = u64(blockIdx.x) * ROWS; n0 < p.n; n0 += u64(gridDim.x) * ROWS) {
         float sums[TILES][4] = {};
-        if (p.scales.log2_blocksize == 5)
-            sum_steps<T, TILES, SMALL_BLOCKS>(sums, p, table, n0);
-        else if (p.scales.absmax)
-            sum_steps<T, TILES, PLAIN>(sums, p, table, n0);
+        if (p.scales.absmax)
+            halves ? sum_steps<T, TILES, false, true>(sums, p, tables, n0)
+                   : sum_steps<T, TILES, false, false>(sums, p, tables, n0);
         else
-            sum_steps<T, TILES, NESTED>(sums, p, table, n0);
+            halves ? sum_steps<T, TILES, true, true>(sums, p, tables, n0)
+                   : sum_steps<T, TILES, true, false>(sums, p, tables, n0);
 #pragma unroll
         for (u32 tile = 0; tile < TILES; ++tile) finish_tile<T>(p, partial, sums[tile], n0, tile * TOKENS);
     }

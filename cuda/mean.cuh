@@ -65,6 +65,7 @@ DEVICE void mean(const Mean &p) {
     const u32 power = ceil_log2(rows) / 4 > 4 ? ceil_log2(rows) / 4 : 4;
     const u64 step = u64(1) << power, square = step * step, whole = rows / square;
     float third = 0.0f, fourth = 0.0f, none;
+#pragma unroll 1
     for (u64 start = 0; start < whole; start += warps) {
         const u64 mine = start + warp;
         if (mine < whole) sums[threadIdx.x] = two_levels(column + mine * square * COLUMNS, square, step, none);

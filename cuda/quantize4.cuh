@@ -89,13 +89,16 @@ template <class T> DEVICE void quantize4(const Quantize4 &p) {
     const u64 blocksize = u64(1) << p.log2_blocksize;
     const u64 piece = blocksize > EACH_WARP ? blocksize : EACH_WARP;
     const u32 lanes = blocksize < EACH_WARP ? u32(blocksize) / EACH_LANE : WARP;
-    const u64 first = (u64(blockIdx.x) * QUANTIZE_WARPS + warp_of_block()) * piece;
-    for (u64 start = first; start < p.n; start += u64(gridDim.x) * QUANTIZE_WARPS * piece) {
-        const u64 end = start + piece < p.n ? start + piece : p.n;
+    const u64 together = QUANTIZE_WARPS * piece;
+    // The whole thread block goes on or stops, so that the warps' shuffles need no care.
+#pragma unroll 1
+    for (u64 base = blockIdx.x * together; base < p.n; base += gridDim.x * together) {
+        const u64 start = base + warp_of_block() * piece;
         float x[EACH_LANE];
         u32 largest = 0;
-        for (u64 at = start; at < end; at += EACH_WARP) {
-            load_eight(x, from, at + lane_of_warp() * EACH_LANE, p.n, p.nonfinite);
+#pragma unroll 1
+        for (u64 within = 0; within < piece; within += EACH_WARP) {
+            load_eight(x, from, start + within + lane_of_warp() * EACH_LANE, p.n, p.nonfinite);
             largest = larger(largest, largest_of_eight(x));
         }
         const float absmax = __uint_as_float(largest_of(largest, lanes));
@@ -109,8 +112,9 @@ template <class T> DEVICE void quantize4(const Quantize4 &p) {
             else
                 static_cast<float *>(p.scales)[block] = absmax;
         }
-        for (u64 at = start; at < end; at += EACH_WARP) {
-            const u64 i = at + lane_of_warp() * EACH_LANE;
+#pragma unroll 1
+        for (u64 within = 0; within < piece; within += EACH_WARP) {
+            const u64 i = start + within + lane_of_warp() * EACH_LANE;
             // A block that the registers hold is not read again.
             if (piece > EACH_WARP) load_eight(x, from, i, p.n, p.nonfinite);
             u32 word = 0;

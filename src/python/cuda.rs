@@ -11,7 +11,7 @@ use pyo3::types::PyDict;
 use super::memory::Memory;
 use super::ops::{Weight, float};
 use crate::backend::cuda::device::{Cuda, facts, warmup};
-use crate::backend::cuda::driver::{available, driver};
+use crate::backend::cuda::driver::{available, driver, present};
 use crate::backend::cuda::product::{Bias, most_rows};
 use crate::backend::cuda::rows::{Integers, Outliers, Weight8};
 use crate::backend::cuda::tensor::{DeviceTensor, Report, Tables};
@@ -49,6 +49,12 @@ impl DeviceTables {
 #[pyfunction]
 pub fn cuda_available() -> PyResult<()> {
     Ok(available()?)
+}
+
+/// Whether the library of a driver is there, whatever it can do.
+#[pyfunction]
+pub fn cuda_driver_present() -> bool {
+    present()
 }
 
 /// (newest CUDA version of the driver, a dict for each device). Uses no device.

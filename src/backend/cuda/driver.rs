@@ -81,6 +81,12 @@ pub fn driver() -> Result<&'static Driver> {
     Ok(DRIVER.get_or_init(Driver::find).as_ref().map_err(Clone::clone)?)
 }
 
+/// Whether the library of a driver is there, whatever it can do.
+pub fn present() -> bool {
+    // SAFETY: opens libraries by the names of the driver, and closes them again.
+    unsafe { sys::is_culib_present() }
+}
+
 /// Whether there is a driver with a device; else why not.
 pub fn available() -> Result<()> {
     driver().map(|_| ())
@@ -88,8 +94,7 @@ pub fn available() -> Result<()> {
 
 impl Driver {
     fn find() -> Result<Self, DeviceProblem> {
-        // SAFETY: opens libraries by the names of the driver, and closes them again.
-        if !unsafe { sys::is_culib_present() } {
+        if !present() {
             return Err(DeviceProblem::NoDriver);
         }
         // SAFETY: the library was there just now, so it is opened and stays open.

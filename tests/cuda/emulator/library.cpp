@@ -15,6 +15,9 @@ extern "C" {
 // 1 if there is such a kernel.
 int nybble_emulated(const char *name) { return int(emulator::kernels().count(name)); }
 
+// How many kernels there are.
+unsigned nybble_emulated_kernels() { return unsigned(emulator::kernels().size()); }
+
 // Threads run in order for 0, in one shuffled order after another for other numbers.
 void nybble_emulate_order(unsigned seed) { emulator::order_seed = seed; }
 

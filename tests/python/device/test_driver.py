@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import fake
@@ -179,3 +181,25 @@ print(wrong)
     assert len([line for line in lines if line.startswith("load")]) == 1
     streams = {line.split()[-3] for line in lines if line.startswith("launch")}
     assert streams == {str(stream) for stream in range(1, 9)}
+
+
+def doctor(env: dict[str, str]) -> str:
+    command = [sys.executable, "-m", "nybble", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_doctor_names_driver_devices_and_kernels(cache: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    settings = {"NYBBLE_FAKE_DEVICES": "2", "NYBBLE_FAKE_LOG": str(log)}
+    shown = doctor(fake.environment(fake.libraries(), cache, **settings))
+    assert "driver for 12.4, 2 devices" in shown
+    assert "Emulated device 1 (9.0), kernels: sm_90" in shown
+    assert not log.exists()  # no context was made, nothing was loaded
+
+
+def test_doctor_says_why_a_driver_cannot_be_used(cache: Path) -> None:
+    shown = doctor(fake.environment(fake.libraries(), cache, NYBBLE_FAKE_VERSION="11080"))
+    assert "a driver that cannot be used" in shown
+    assert "hint: the CUDA driver supports CUDA 11.8, nybble needs 12.0" in shown

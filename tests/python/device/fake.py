@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import shutil
@@ -25,6 +26,7 @@ def libraries() -> Path:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     directory = Path(tempfile.mkdtemp(prefix="nybble-fake-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     build = SOURCES / "emulator" / "build.py"
     subprocess.run(
         [sys.executable, str(build), str(directory / "libnybble_emulator.so")],
