@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -56,11 +57,13 @@ def run_stage(name: str, options: argparse.Namespace, seconds: float) -> dict[st
     log = options.out / f"{name}.log"
     start = time.monotonic()
     with log.open("w") as output:
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             code = child.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            child.kill()
+            os.killpg(child.pid, signal.SIGKILL)  # with what the stage itself started
             child.wait()
             code = SPENT
     status = {0: "done", SPENT: "out of time"}.get(code, "crashed")

@@ -32,7 +32,7 @@ def _shape(records: Records, n: int, k: int, nested: bool, peak: float | None) -
     count = copies(q.nbytes)
     weights = [q] + [_copied(q) for _ in range(count - 1)]
     text = f"{n}x{k}{' nested' if nested else ''}"
-    rest = Others(w, nested, count)
+    rest = Others(w, weights, nested, count)
 
     def add(name: str, us: float, nbytes: int, peers: dict[str, Callable[[int], object]]) -> None:
         found: dict[str, Any] = {"us": us, "gb_s": nbytes / us / 1e3}
@@ -70,11 +70,26 @@ def _copied(q: nb.QTensor) -> nb.QTensor:
     )
 
 
+def _torch_int4(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A weight of the same size for torch's own int4 product, which no cache rotation spares."""
+    n, k = w.shape
+    codes = torch.randint(0, 256, (n, k // 2), device=w.device, dtype=torch.uint8)
+    try:
+        packed = torch._convert_weight_to_int4pack(codes, 8)
+    except RuntimeError:
+        return None  # this torch takes another layout
+    return packed, torch.ones(k // 64, n, 2, device=w.device, dtype=BF16)
+
+
 class Others:
     """The same work by others; what is not installed is left out."""
 
-    def __init__(self, w: torch.Tensor, nested: bool, count: int) -> None:
+    def __init__(
+        self, w: torch.Tensor, weights: list[nb.QTensor], nested: bool, count: int
+    ) -> None:
         self._dense = [w] + [w.clone() for _ in range(min(count, 4) - 1)]
+        self._weights = weights
+        self._int4 = _torch_int4(w)
         self._bnb: Any = None
         try:
             import bitsandbytes
@@ -96,7 +111,14 @@ class Others:
                 return self._module.matmul_4bit(x, packed.t(), quant_state=state)
 
             yield "bitsandbytes", bnb
+        yield "dequantize_and_linear", lambda i: self._decode_and_multiply(x, i)
+        if self._int4 is not None:
+            packed, scales = self._int4
+            yield "torch_int4", lambda _i: torch._weight_int4pack_mm(x, packed, 64, scales)
         yield "dense", lambda i: torch.nn.functional.linear(x, rotate(self._dense, i))
+
+    def _decode_and_multiply(self, x: torch.Tensor, i: int) -> torch.Tensor:
+        return torch.nn.functional.linear(x, rotate(self._weights, i).dequantize(BF16))
 
     def dequantize(self) -> Iterator[tuple[str, Callable[[int], object]]]:
         """Peers of decoding, by name."""

@@ -123,7 +123,7 @@ class QTensor:
         packed, absmax, nested_absmax, nested_offset = moved
         assert packed is not None
         assert absmax is not None
-        place.follow(packed.device)
+        place.follow(packed)
         return replace(
             self,
             packed=packed,

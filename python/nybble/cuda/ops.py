@@ -119,6 +119,8 @@ def embedding(
     if dtype not in FLOATS or not whole_blocks or ids.numel() == 0:
         return torch.nn.functional.embedding(ids, dequantize(*weight, dtype))
     place.check_together(packed, absmax, nested_absmax, nested_offset)
+    if packed.dtype not in (torch.uint8, torch.int8):
+        packed = packed.view(torch.uint8)  # bytes that pose as floats (quant_storage)
     flat = ids.flatten().to(torch.int64)
     if nested_absmax is not None:
         absmax = reference.decode_scales(absmax, nested_absmax, nested_offset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nybble import _core, ops
 from nybble._memory import Memory, memory
@@ -70,9 +72,18 @@ def _warm_up(index: int, device: torch.device) -> str:
     return loaded
 
 
-def follow(device: torch.device) -> None:
-    """Load the kernels of a device to which something was just moved, if it has kernels."""
-    if device.type == "cuda" and ops.HAS_CUDA and device.index not in _warm:
+def follow(moved: Tensor) -> None:
+    """Load the kernels of the device to which a tensor was just moved, if it has kernels.
+
+    A tracer's tensors are nowhere. Kernels that cannot be had are an error where they are used:
+    a tensor may be moved all the same.
+    """
+    device = moved.device
+    if device.type != "cuda" or not ops.HAS_CUDA or device.index in _warm:
+        return
+    if isinstance(moved, FakeTensor) or torch._C._len_torch_dispatch_stack() > 0:
+        return
+    with contextlib.suppress(DeviceError):
         _warm_up(device.index, device)
 
 

@@ -142,7 +142,7 @@ class QuantizedModule(nn.Module):
         applied = super()._apply(  # type: ignore[no-untyped-call]
             lambda tensor: without_cast(tensor) if id(tensor) in held else fn(tensor), recurse
         )
-        place.follow(self.weight.device)
+        place.follow(self.weight)
         return applied
 
     def _held(self, prefix: str) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import fake
 import pytest
+import torch
 
 BENCHES = fake.ROOT / "benches"
 sys.path.insert(0, str(BENCHES))
@@ -126,3 +127,12 @@ def test_one_result_or_none_is_nothing_to_compare(
 
 def test_results_in_the_repository_have_no_failures() -> None:
     assert check_results.main() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_correctness_on_a_cuda_device(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHES / "gpu_check.py"), "--out", str(tmp_path)]
+    command += ["--stages", "env", "correctness", "--budget", "250"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nybble as nb
 from nybble import integer, ops
+from nybble.cuda import place
 
 
 @pytest.fixture
@@ -88,31 +89,50 @@ def test_a_quantized_layer_is_traced_on_the_device_in_one_piece():
     assert graph.code.count("nybble.linear") == 1
 
 
-def test_moving_does_not_quantize_again():
-    q = nb.quantize(torch.randn(24, 64), nested=True)
-    moved = q.to("cpu")
-    assert all(a is b for a, b in zip(moved.parts, q.parts, strict=True))
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        from nybble.cuda import place
+def test_moving_keeps_the_bits_and_quantizes_nothing():
+    from torch.utils._python_dispatch import TorchDispatchMode
 
-        place_follow, place.follow = place.follow, lambda device: seen.append(str(device))
-        seen: list[str] = []
-        try:
-            there = nb.QTensor(
-                packed=mode.from_tensor(q.packed),
-                absmax=mode.from_tensor(q.absmax),
-                nested_absmax=mode.from_tensor(q.nested_absmax),
-                nested_offset=mode.from_tensor(q.nested_offset),
-                format=q.format,
-                shape=q.shape,
-                dtype=q.dtype,
-                blocksize=q.blocksize,
-            ).to("cuda")
-            back = there.cpu()
-        finally:
-            place.follow = place_follow
-    assert seen == ["cuda:0", "cpu"]
-    for part, moved_part, original in zip(there.parts, back.parts, q.parts, strict=True):
-        assert part.device.type == "cuda"
-        assert (part.dtype, part.shape) == (original.dtype, original.shape)
-        assert (moved_part.dtype, moved_part.shape) == (original.dtype, original.shape)
+    called = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    layer = nb.nn.Linear4bit.from_qtensor(nb.quantize(torch.randn(24, 64), nested=True))
+    original = layer.qtensor
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, Watch():
+        parts = [mode.from_tensor(part) for part in original.parts]
+        q = nb.QTensor(
+            packed=parts[0],
+            absmax=parts[1],
+            nested_absmax=parts[2],
+            nested_offset=parts[3],
+            format=original.format,
+            shape=original.shape,
+            dtype=original.dtype,
+            blocksize=original.blocksize,
+        )
+        there = q.to("cuda")
+        back = there.cpu()
+    assert not any("nybble" in name for name in called), called
+    for on_device, again, part in zip(there.parts, back.parts, original.parts, strict=True):
+        assert (on_device.device.type, again.device.type) == ("cuda", "cpu")
+        assert (on_device.dtype, on_device.shape) == (again.dtype, again.shape)
+        assert (on_device.dtype, on_device.shape) == (part.dtype, part.shape)
+
+
+def test_a_module_that_moves_has_the_kernels_of_its_device_loaded(monkeypatch):
+    followed = []
+    monkeypatch.setattr(place, "follow", lambda moved: followed.append(moved))
+    layer = nb.nn.Linear4bit.from_qtensor(nb.quantize(torch.randn(24, 64)))
+    nb.quantize(torch.randn(64)).to("cpu")
+    assert [tensor.shape for tensor in followed] == [(32,)]
+    layer.to("cpu")
+    assert followed[-1] is layer.weight
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a device")
+def test_a_device_that_is_not_there_is_an_error_of_torch_not_a_crash():
+    with pytest.raises((RuntimeError, AssertionError)):
+        nb.quantize(torch.randn(8, 64)).to("cuda")

@@ -20,12 +20,8 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> None:
     def where(_tensor: torch.Tensor) -> place.Place:
         return 0, STREAM
 
-    def no_device(_device: torch.device) -> None:
-        pass
-
     place._core.cuda_warmup((0, STREAM), place.nvrtc_library())
     monkeypatch.setattr(place, "where", where)
-    monkeypatch.setattr(place, "follow", no_device)
 
 
 @pytest.fixture
