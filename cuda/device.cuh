@@ -141,6 +141,14 @@ template <class T> DEVICE T load(const void *address) {
 #endif
 }
 
+// The address, with what the compiler sometimes loses track of: that it is in global memory.
+template <class T> DEVICE const T *global(const void *address) {
+#ifndef NYBBLE_EMULATOR
+    __builtin_assume(__isGlobal(address));
+#endif
+    return static_cast<const T *>(address);
+}
+
 // Reads what nobody writes and nobody reads again soon: past the first-level cache, which keeps
 // its lines for activations and scales.
 DEVICE Words2 load_once2(const void *address) {
