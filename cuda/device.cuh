@@ -183,6 +183,15 @@ template <class T> DEVICE void store(void *address, const T &value) {
 #endif
 }
 
+// The same number, of which the compiler knows nothing: what follows from it is computed where it is
+// needed instead of being kept in registers through a loop.
+DEVICE u32 opaque(u32 x) {
+#ifndef NYBBLE_EMULATOR
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
 // (x & mask) | bits in one instruction, which the compiler does not find by itself.
 DEVICE u32 masked_or(u32 x, u32 mask, u32 bits) {
 #ifdef NYBBLE_EMULATOR

@@ -81,7 +81,7 @@ template <Form FORM, bool HALVES, u32 STEPS> struct Group {
 
 // The first of the eight codes, and activations, of the lane's word 0 of a step; word 1 follows
 // at once, or half a step later.
-template <bool HALVES> DEVICE u32 lane_offset() { return lane_of_warp() % 4 * (HALVES ? 8 : 16); }
+template <bool HALVES> DEVICE u32 lane_offset(u32 lane) { return lane % 4 * (HALVES ? 8 : 16); }
 
 // The two values of a byte of the word, from the lane's own copy: table and lane are joined to the
 // address by bits, which costs nothing.
@@ -158,14 +158,16 @@ template <class T, u32 TILES, Form FORM, bool HALVES>
 DEVICE void sum_steps(float sums[TILES][4], const Linear4 &p, const Tables &tables, u64 n0) {
     constexpr u32 STEPS = FORM != PLAIN || HALVES || TILES > 1 ? 1 : 2; // more would need too many registers
     using Steps = Group<FORM, HALVES, STEPS>;
-    const u32 lane = lane_of_warp(), warp = warp_of_block();
+    // Many tokens leave no registers for what follows from these and could be kept between tiles.
+    const u32 lane = TILES > 2 ? opaque(lane_of_warp()) : lane_of_warp();
+    const u32 warp = TILES > 2 ? opaque(warp_of_block()) : warp_of_block();
     const u32 steps = u32(p.k / STEP), groups = steps / STEPS;
     // Tokens and rows beyond the last read the last one again; what they give is not stored.
     const T *tokens[TILES];
 #pragma unroll
     for (u32 tile = 0; tile < TILES; ++tile) {
         const u64 token = tile * TOKENS + lane / 4;
-        tokens[tile] = global<T>(p.x) + (token < p.m ? token : p.m - 1) * p.k + lane_offset<HALVES>();
+        tokens[tile] = global<T>(p.x) + (token < p.m ? token : p.m - 1) * p.k + lane_offset<HALVES>(lane);
     }
     const u32 log2_steps = HALVES ? 0 : p.scales.log2_blocksize - 6; // of a block
     Rows rows;
@@ -173,7 +175,7 @@ DEVICE void sum_steps(float sums[TILES][4], const Linear4 &p, const Tables &tabl
     for (u32 r = 0; r < 2; ++r) {
         const u64 row = n0 + lane / 4 + 8 * r < p.n ? n0 + lane / 4 + 8 * r : p.n - 1;
         const u64 before = row * steps;
-        rows.bytes[r] = p.packed + before * (STEP / 2) + lane_offset<HALVES>() / 2;
+        rows.bytes[r] = p.packed + before * (STEP / 2) + lane_offset<HALVES>(lane) / 2;
         const u64 block = HALVES ? 2 * before : before >> log2_steps;
         rows.within[r] = u32(before) & ((1u << log2_steps) - 1);
         if constexpr (FORM == PLAIN)
