@@ -20,7 +20,7 @@ template <class T> DEVICE void finish(const Int8Linear &p, u64 m, u64 n, i32 sum
 template <class T> DEVICE void int8_linear_small(const Int8Linear &p) {
     const u32 lane = lane_of_warp();
     const u64 warps = INT8_THREADS / WARP;
-    const T *x = global<T>(p.x);
+    const T *x = static_cast<const T *>(p.x);
     const u32 outliers = p.outliers.count ? *p.outliers.count : 0;
     const bool pieces = (p.k | reinterpret_cast<u64>(p.codes) | reinterpret_cast<u64>(p.weight)) % 16 == 0;
 #pragma unroll 1
@@ -83,7 +83,7 @@ template <class T> DEVICE void int8_linear_small(const Int8Linear &p) {
 }
 
 template <class T> DEVICE void int8_finish(const Int8Linear &p) {
-    const T *x = global<T>(p.x);
+    const T *x = static_cast<const T *>(p.x);
     const u32 outliers = p.outliers.count ? *p.outliers.count : 0;
     const u64 all = p.m * p.n;
 #pragma unroll 1
