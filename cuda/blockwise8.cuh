@@ -55,10 +55,11 @@ template <class T> DEVICE void quantize8(const Quantize8 &p) {
         for (u64 within = 0; within < piece; within += EACH_WARP) {
             const u64 i = start + within + lane_of_warp() * EACH_LANE;
             if (piece > EACH_WARP) load_shifted<T>(x, p, i, subtract);
+            divide<EACH_LANE>(x, by);
             Words2 codes = {{0, 0}};
 #pragma unroll
             for (u32 j = 0; j < EACH_LANE; ++j)
-                codes.word[j / 4] |= u32(order[position_of(divide(x[j], by), pivots)]) << 8 * (j % 4);
+                codes.word[j / 4] |= u32(order[position_of(x[j], pivots)]) << 8 * (j % 4);
             if (i + EACH_LANE <= p.n) {
                 store(p.codes + i, codes);
             } else {
