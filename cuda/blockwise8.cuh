@@ -55,15 +55,17 @@ template <class T> DEVICE void quantize8(const Quantize8 &p) {
         for (u64 within = 0; within < piece; within += EACH_WARP) {
             const u64 i = start + within + lane_of_warp() * EACH_LANE;
             if (piece > EACH_WARP) load_shifted<T>(x, p, i, subtract);
+            divide<EACH_LANE>(x, by);
             Words2 codes = {{0, 0}};
 #pragma unroll
             for (u32 j = 0; j < EACH_LANE; ++j)
-                codes.word[j / 4] |= u32(order[position_of(divide(x[j], by), pivots)]) << 8 * (j % 4);
+                codes.word[j / 4] |= u32(order[position_of(x[j], pivots)]) << 8 * (j % 4);
             if (i + EACH_LANE <= p.n) {
                 store(p.codes + i, codes);
             } else {
-#pragma unroll 1
-                for (u32 j = 0; i + j < p.n; ++j) p.codes[i + j] = u8(codes.word[j / 4] >> 8 * (j % 4));
+#pragma unroll
+                for (u32 j = 0; j < EACH_LANE; ++j)
+                    if (i + j < p.n) p.codes[i + j] = u8(codes.word[j / 4] >> 8 * (j % 4));
             }
         }
     }
@@ -97,7 +99,9 @@ template <class T> DEVICE void dequantize8(const Dequantize8 &p) {
             if (p.offset) x[j] += offset;
         }
         if (!whole) {
-            for (u32 j = 0; i + j < p.n; ++j) out[i + j] = narrow<T>(x[j]);
+#pragma unroll
+            for (u32 j = 0; j < EACH; ++j)
+                if (i + j < p.n) out[i + j] = narrow<T>(x[j]);
         } else if constexpr (sizeof(T) == 4) {
             store(out + i, Words4{{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
                                    __float_as_uint(x[3])}});

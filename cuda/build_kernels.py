@@ -41,6 +41,10 @@ class BuildError(Exception):
     """The kernels could not be compiled."""
 
 
+class NoNvrtcError(BuildError):
+    """There is no compiler."""
+
+
 @dataclass(frozen=True)
 class Image:
     """One compiled module."""
@@ -73,7 +77,7 @@ def find_nvrtc(directories: Iterable[str] | None = None) -> Path:
     """NVRTC of the packages that this interpreter sees.
 
     Raises:
-        BuildError: There is none.
+        NoNvrtcError: There is none.
     """
     for directory in sys.path if directories is None else directories:
         # nvidia/cu13/lib since CUDA 13, nvidia/cuda_nvrtc/lib before.
@@ -81,7 +85,7 @@ def find_nvrtc(directories: Iterable[str] | None = None) -> Path:
         found = [path for path in found if re.fullmatch(r"libnvrtc\.so\.\d+", path.name)]
         if found:
             return found[-1]
-    raise BuildError(
+    raise NoNvrtcError(
         "no NVRTC: install torch with CUDA or nvidia-cuda-nvrtc-cu12, or name it with --nvrtc"
     )
 
@@ -198,6 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--nvrtc", type=Path, default=os.environ.get("NYBBLE_NVRTC"))
     parser.add_argument("--out", type=Path, default=HERE / "kernels.bin")
     parser.add_argument("--force", action="store_true", help="compile even so")
+    parser.add_argument(
+        "--optional", action="store_true", help="without NVRTC: warn, and leave it at that"
+    )
     options = parser.parse_args(arguments)
     files = sources()
     digest = source_hash(files)
@@ -208,6 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         nvrtc = Nvrtc(Path(options.nvrtc) if options.nvrtc else find_nvrtc())
         images = build(nvrtc, files)
+    except NoNvrtcError as error:
+        print(f"{'warning' if options.optional else 'error'}: {error}", file=sys.stderr)
+        return 0 if options.optional else 1
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

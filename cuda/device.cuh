@@ -141,6 +141,14 @@ template <class T> DEVICE T load(const void *address) {
 #endif
 }
 
+// The address, with what the compiler sometimes loses track of: that it is in global memory.
+template <class T> DEVICE const T *global(const void *address) {
+#ifndef NYBBLE_EMULATOR
+    __builtin_assume(__isGlobal(address));
+#endif
+    return static_cast<const T *>(address);
+}
+
 // Reads what nobody writes and nobody reads again soon: past the first-level cache, which keeps
 // its lines for activations and scales.
 DEVICE Words2 load_once2(const void *address) {
@@ -173,6 +181,15 @@ template <class T> DEVICE void store(void *address, const T &value) {
 #else
     *static_cast<T *>(address) = value;
 #endif
+}
+
+// The same number, of which the compiler knows nothing: what follows from it is computed where it is
+// needed instead of being kept in registers through a loop.
+DEVICE u32 opaque(u32 x) {
+#ifndef NYBBLE_EMULATOR
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
 }
 
 // (x & mask) | bits in one instruction, which the compiler does not find by itself.

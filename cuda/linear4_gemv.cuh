@@ -31,14 +31,14 @@ template <class T> DEVICE void linear4_gemv(const Linear4 &p) {
     if (threadIdx.x < 16) values[threadIdx.x] = p.values[threadIdx.x];
     __syncthreads();
     const u32 lane = lane_of_warp();
-    const T *x = static_cast<const T *>(p.x);
+    const T *x = global<T>(p.x);
     const bool words = p.k % GEMV_CODES == 0;
 #pragma unroll 1
     for (u64 m0 = u64(blockIdx.y) * GEMV_TOKENS; m0 < p.m; m0 += u64(gridDim.y) * GEMV_TOKENS) {
         // Tokens beyond the last read the last one again.
-        const T *tokens[GEMV_TOKENS];
+        u64 tokens[GEMV_TOKENS];
 #pragma unroll
-        for (u32 j = 0; j < GEMV_TOKENS; ++j) tokens[j] = x + (m0 + j < p.m ? m0 + j : p.m - 1) * p.k;
+        for (u32 j = 0; j < GEMV_TOKENS; ++j) tokens[j] = (m0 + j < p.m ? m0 + j : p.m - 1) * p.k;
         const u64 warps = GEMV_THREADS / WARP;
 #pragma unroll 1
         for (u64 n0 = blockIdx.x * warps; n0 < p.n; n0 += gridDim.x * warps) {
@@ -56,7 +56,7 @@ template <class T> DEVICE void linear4_gemv(const Linear4 &p) {
                     for (u32 j = 0; j < GEMV_TOKENS; ++j) {
                         if (j > 0 && m0 + j >= p.m) break;
                         float a[GEMV_CODES], sum = 0.0f;
-                        load_activations(a, tokens[j] + k);
+                        load_activations(a, x + tokens[j] + k);
 #pragma unroll
                         for (u32 i = 0; i < GEMV_CODES; ++i)
                             sum = fmaf(value_at(values, word, 4 * (i ^ 1)), a[i], sum);
@@ -70,7 +70,7 @@ template <class T> DEVICE void linear4_gemv(const Linear4 &p) {
                     const float weight = value_at(values, p.packed[i / 2], i % 2 ? 0 : 4) *
                                          scale_of(p.scales, i >> p.scales.log2_blocksize);
 #pragma unroll
-                    for (u32 j = 0; j < GEMV_TOKENS; ++j) sums[j] = fmaf(weight, widen(tokens[j][k]), sums[j]);
+                    for (u32 j = 0; j < GEMV_TOKENS; ++j) sums[j] = fmaf(weight, widen(x[tokens[j] + k]), sums[j]);
                 }
             }
             // Lane j finishes token j.

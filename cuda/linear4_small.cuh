@@ -15,12 +15,19 @@
 static constexpr u32 LINEAR_THREADS = 256, LINEAR_WARPS = LINEAR_THREADS / WARP;
 static constexpr u32 ROWS = 16, TOKENS = 8, STEP = 64;
 
-// The two rows of W that a lane reads. What is counted from the start of a row fits in 32 bits.
+// The two rows of W that a lane reads. What is counted from the start of a row fits in 32 bits; the
+// rest is in the pointers.
 struct Rows {
-    const u8 *bytes[2]; // the lane's first ones
-    u64 blocks[2];      // blocks before the one in which the row begins
-    u32 within[2];      // steps of that block that belong to the row before
+    const u8 *bytes[2];      // the lane's first ones
+    const float *absmax[2];  // scale of the block in which the row begins,
+    const u8 *codes[2];      // or its code,
+    const float *nested[2];  // and what that is multiplied by
+    u32 within[2];           // steps of that block that belong to the row before
+    u32 within_nested[2];    // blocks before that one with the same nested scale
 };
+
+// In which form scales are stored. EXPONENTS come with blocks of 32 only.
+enum Form { PLAIN, NESTED, EXPONENTS };
 
 // What a launch needs beside its params: tables in shared memory, and the offset of nested scales.
 struct Tables {
@@ -29,10 +36,9 @@ struct Tables {
     float offset;
 };
 
-// Some neighbouring steps of a lane's two rows. Scales are CODED (nested ones, exponents) or plain;
-// blocks of 32 (HALVES) change which bytes of a step a lane takes. Scales stay as they are stored
-// until they are needed, so that nothing waits.
-template <bool CODED, bool HALVES, u32 STEPS> struct Group {
+// Some neighbouring steps of a lane's two rows. Blocks of 32 (HALVES) change which bytes of a step a
+// lane takes. Scales stay as they are stored until they are needed, so that nothing waits.
+template <Form FORM, bool HALVES, u32 STEPS> struct Group {
     static constexpr u32 SCALES = HALVES ? 2 * STEPS : STEPS;
     u32 words[2][STEPS][2];
     u32 stored[2][SCALES];   // bits of scales, or their codes
@@ -55,30 +61,27 @@ template <bool CODED, bool HALVES, u32 STEPS> struct Group {
             }
 #pragma unroll
             for (u32 i = 0; i < SCALES; ++i) {
-                const u32 within = HALVES ? 2 * first + i : (rows.within[r] + first + i) >> (p.scales.log2_blocksize - 6);
-                const u64 block = rows.blocks[r] + within;
-                if constexpr (CODED) {
-                    stored[r][i] = p.scales.codes[block];
-                    nested[r][i] = p.scales.nested_absmax
-                                       ? p.scales.nested_absmax[block >> p.scales.log2_nested_blocksize]
-                                       : 1.0f;
-                } else {
-                    stored[r][i] = __float_as_uint(p.scales.absmax[block]);
+                const u32 block = HALVES ? 2 * first + i : (rows.within[r] + first + i) >> (p.scales.log2_blocksize - 6);
+                stored[r][i] = FORM == PLAIN ? __float_as_uint(rows.absmax[r][block]) : rows.codes[r][block];
+                if constexpr (FORM == NESTED) {
+                    const u32 group = (rows.within_nested[r] + block) >> p.scales.log2_nested_blocksize;
+                    nested[r][i] = rows.nested[r][group];
                 }
             }
         }
     }
 
-    // The scale of block i of row r; exponents are exact here, times 1 plus 0.
+    // The scale of block i of row r.
     METHOD float scale(const Tables &tables, u32 r, u32 i) const {
-        if constexpr (CODED) return tables.scales[stored[r][i]] * nested[r][i] + tables.offset;
-        return __uint_as_float(stored[r][i]);
+        if constexpr (FORM == PLAIN) return __uint_as_float(stored[r][i]);
+        const float value = tables.scales[stored[r][i]];
+        return FORM == NESTED ? value * nested[r][i] + tables.offset : value;
     }
 };
 
 // The first of the eight codes, and activations, of the lane's word 0 of a step; word 1 follows
 // at once, or half a step later.
-template <bool HALVES> DEVICE u32 lane_offset() { return lane_of_warp() % 4 * (HALVES ? 8 : 16); }
+template <bool HALVES> DEVICE u32 lane_offset(u32 lane) { return lane % 4 * (HALVES ? 8 : 16); }
 
 // The two values of a byte of the word, from the lane's own copy: table and lane are joined to the
 // address by bits, which costs nothing.
@@ -88,8 +91,8 @@ DEVICE u32 values_of(const u32 *pairs, u32 word, u32 byte) {
     return *reinterpret_cast<const u32 *>(reinterpret_cast<const char *>(pairs) + offset);
 }
 
-template <class T, u32 TILES, bool CODED, bool HALVES, u32 STEPS>
-DEVICE void multiply(float sums[TILES][4], const Group<CODED, HALVES, STEPS> &group, const Tables &tables,
+template <class T, u32 TILES, Form FORM, bool HALVES, u32 STEPS>
+DEVICE void multiply(float sums[TILES][4], const Group<FORM, HALVES, STEPS> &group, const Tables &tables,
                      const T *const tokens[TILES], u32 first) {
 #pragma unroll
     for (u32 i = 0; i < STEPS; ++i) {
@@ -151,18 +154,20 @@ template <class T> DEVICE void finish_tile(const Linear4 &p, float *partial, con
 }
 
 // The warp's share of 16 rows times all of k.
-template <class T, u32 TILES, bool CODED, bool HALVES>
+template <class T, u32 TILES, Form FORM, bool HALVES>
 DEVICE void sum_steps(float sums[TILES][4], const Linear4 &p, const Tables &tables, u64 n0) {
-    constexpr u32 STEPS = CODED || HALVES || TILES > 1 ? 1 : 2; // more would need too many registers
-    using Steps = Group<CODED, HALVES, STEPS>;
-    const u32 lane = lane_of_warp(), warp = warp_of_block();
+    constexpr u32 STEPS = FORM != PLAIN || HALVES || TILES > 1 ? 1 : 2; // more would need too many registers
+    using Steps = Group<FORM, HALVES, STEPS>;
+    // Many tokens leave no registers for what follows from these and could be kept between tiles.
+    const u32 lane = TILES > 2 ? opaque(lane_of_warp()) : lane_of_warp();
+    const u32 warp = TILES > 2 ? opaque(warp_of_block()) : warp_of_block();
     const u32 steps = u32(p.k / STEP), groups = steps / STEPS;
     // Tokens and rows beyond the last read the last one again; what they give is not stored.
     const T *tokens[TILES];
 #pragma unroll
     for (u32 tile = 0; tile < TILES; ++tile) {
         const u64 token = tile * TOKENS + lane / 4;
-        tokens[tile] = static_cast<const T *>(p.x) + (token < p.m ? token : p.m - 1) * p.k + lane_offset<HALVES>();
+        tokens[tile] = global<T>(p.x) + (token < p.m ? token : p.m - 1) * p.k + lane_offset<HALVES>(lane);
     }
     const u32 log2_steps = HALVES ? 0 : p.scales.log2_blocksize - 6; // of a block
     Rows rows;
@@ -170,9 +175,17 @@ DEVICE void sum_steps(float sums[TILES][4], const Linear4 &p, const Tables &tabl
     for (u32 r = 0; r < 2; ++r) {
         const u64 row = n0 + lane / 4 + 8 * r < p.n ? n0 + lane / 4 + 8 * r : p.n - 1;
         const u64 before = row * steps;
-        rows.bytes[r] = p.packed + before * (STEP / 2) + lane_offset<HALVES>() / 2;
-        rows.blocks[r] = HALVES ? 2 * before : before >> log2_steps;
+        rows.bytes[r] = p.packed + before * (STEP / 2) + lane_offset<HALVES>(lane) / 2;
+        const u64 block = HALVES ? 2 * before : before >> log2_steps;
         rows.within[r] = u32(before) & ((1u << log2_steps) - 1);
+        if constexpr (FORM == PLAIN)
+            rows.absmax[r] = p.scales.absmax + block;
+        else
+            rows.codes[r] = p.scales.codes + block;
+        if constexpr (FORM == NESTED) {
+            rows.nested[r] = p.scales.nested_absmax + (block >> p.scales.log2_nested_blocksize);
+            rows.within_nested[r] = u32(block) & ((1u << p.scales.log2_nested_blocksize) - 1);
+        }
     }
     Steps group = {};
     u32 at = warp;
@@ -186,7 +199,7 @@ DEVICE void sum_steps(float sums[TILES][4], const Linear4 &p, const Tables &tabl
     }
     const u32 last = groups * STEPS + warp;
     if (STEPS > 1 && last < steps) {
-        Group<CODED, HALVES, 1> one = {};
+        Group<FORM, HALVES, 1> one = {};
         one.load(p, rows, last);
         multiply<T, TILES>(sums, one, tables, tokens, last);
     }
@@ -206,22 +219,31 @@ template <class T, u32 TILES> DEVICE void linear4_small(const Linear4 &p) {
     for (u64 n0 = u64(blockIdx.x) * ROWS; n0 < p.n; n0 += u64(gridDim.x) * ROWS) {
         float sums[TILES][4] = {};
         if (p.scales.absmax)
-            halves ? sum_steps<T, TILES, false, true>(sums, p, tables, n0)
-                   : sum_steps<T, TILES, false, false>(sums, p, tables, n0);
+            halves ? sum_steps<T, TILES, PLAIN, true>(sums, p, tables, n0)
+                   : sum_steps<T, TILES, PLAIN, false>(sums, p, tables, n0);
+        else if (p.scales.codebook)
+            halves ? sum_steps<T, TILES, NESTED, true>(sums, p, tables, n0)
+                   : sum_steps<T, TILES, NESTED, false>(sums, p, tables, n0);
         else
-            halves ? sum_steps<T, TILES, true, true>(sums, p, tables, n0)
-                   : sum_steps<T, TILES, true, false>(sums, p, tables, n0);
+            sum_steps<T, TILES, EXPONENTS, true>(sums, p, tables, n0);
 #pragma unroll
         for (u32 tile = 0; tile < TILES; ++tile) finish_tile<T>(p, partial, sums[tile], n0, tile * TOKENS);
     }
 }
 
-// So many thread blocks on a multiprocessor: 24 warps keep memory busy for few tokens, and more
-// tokens need more registers.
+// Two thread blocks on a multiprocessor: 16 warps, each with up to 2 KB under way, and registers for
+// sums and addresses. 7.5 has shared memory for one only.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define LINEAR_BLOCKS 1
+#else
+#define LINEAR_BLOCKS 2
+#endif
+#define LINEAR4_SMALL_OF(name, tiles, T)                                                            \
+    KERNEL_BLOCKS(name, Linear4, LINEAR_THREADS, LINEAR_BLOCKS, linear4_small<T, tiles>(p))
 #define LINEAR4_SMALL(name, T)                                                                      \
-    KERNEL_BLOCKS(linear4_small8_##name, Linear4, LINEAR_THREADS, 3, linear4_small<T, 1>(p))        \
-    KERNEL_BLOCKS(linear4_small16_##name, Linear4, LINEAR_THREADS, 2, linear4_small<T, 2>(p))       \
-    KERNEL_BLOCKS(linear4_small32_##name, Linear4, LINEAR_THREADS, 2, linear4_small<T, 4>(p))
+    LINEAR4_SMALL_OF(linear4_small8_##name, 1, T)                                                   \
+    LINEAR4_SMALL_OF(linear4_small16_##name, 2, T)                                                  \
+    LINEAR4_SMALL_OF(linear4_small32_##name, 4, T)
 
 LINEAR4_SMALL(f16, f16)
 #ifdef HAS_BF16_TENSOR_CORES

@@ -65,11 +65,19 @@ struct Cells {
 // Adding 1.5 * 2^23 rounds to an integer, ties to even, in the low bits; 16 is added on the way.
 static constexpr float ROUND_TO_CELL = 12582912.0f + 16.0f;
 
-DEVICE u32 encode(float x, const Cells &cells) {
+template <bool EXTRA> DEVICE u32 encode(float x, const Cells &cells) {
     const u32 cell = __float_as_uint(fmaf(x, cells.step, ROUND_TO_CELL)) & 31u;
     u32 position = cells.below[cell] + u32(x > cells.pivots[cell]);
-    if (cells.has_extra) position += u32(x > cells.extra[0]) + u32(x > cells.extra[1]);
+    if (EXTRA) position += u32(x > cells.extra[0]) + u32(x > cells.extra[1]);
     return cells.order[position & 15u];
+}
+
+// Eight codes in a word, the first in the high half of the lowest byte.
+template <bool EXTRA> DEVICE u32 encode_eight(const float x[EACH_LANE], const Cells &cells) {
+    u32 word = 0;
+#pragma unroll
+    for (u32 j = 0; j < EACH_LANE; ++j) word |= encode<EXTRA>(x[j], cells) << 4 * (j ^ 1);
+    return word;
 }
 
 // One block of a warp's own, or `lanes` lanes of it.
@@ -117,9 +125,8 @@ template <class T> DEVICE void quantize4(const Quantize4 &p) {
             const u64 i = start + within + lane_of_warp() * EACH_LANE;
             // A block that the registers hold is not read again.
             if (piece > EACH_WARP) load_eight(x, from, i, p.n, p.nonfinite);
-            u32 word = 0;
-#pragma unroll
-            for (u32 j = 0; j < EACH_LANE; ++j) word |= encode(divide(x[j], by), cells) << 4 * (j ^ 1);
+            divide<EACH_LANE>(x, by);
+            const u32 word = cells.has_extra ? encode_eight<true>(x, cells) : encode_eight<false>(x, cells);
             if (i + EACH_LANE <= p.n) {
                 store(p.packed + i / 2, word);
             } else {

@@ -52,6 +52,13 @@ DEVICE Divisor divisor_of(float scale) {
 // Apart, since a division is long and hardly ever needed.
 OUTLINED float divide_small(float x, float scale) { return scale == 0.0f ? 0.0f : x / scale; }
 
-DEVICE float divide(float x, Divisor by) {
-    return magnitude(by.reciprocal) < INFINITE ? x * by.reciprocal : divide_small(x, by.scale);
+// One decision for all: they belong to one block.
+template <u32 COUNT> DEVICE void divide(float x[COUNT], Divisor by) {
+    if (magnitude(by.reciprocal) < INFINITE) {
+#pragma unroll
+        for (u32 j = 0; j < COUNT; ++j) x[j] *= by.reciprocal;
+    } else {
+#pragma unroll
+        for (u32 j = 0; j < COUNT; ++j) x[j] = divide_small(x[j], by.scale);
+    }
 }

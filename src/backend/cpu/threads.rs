@@ -1,6 +1,6 @@
 //! The threads that large tensors are split over.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -81,6 +81,61 @@ pub fn share(threads: usize, parts: usize, work: impl Fn(usize) + Sync) {
     }
 }
 
+/// As [`share`], but each thread walks through parts that follow one another: what lies in memory
+/// in their order is read as one stream for each thread, which the processor fetches ahead. A
+/// thread that is done helps another from the far end of its run.
+pub fn share_runs(threads: usize, parts: usize, work: impl Fn(usize) + Sync) {
+    let count = threads.min(parts).max(1);
+    let runs: Vec<Run> =
+        (0..count).map(|i| Run::new(parts * i / count, parts * (i + 1) / count)).collect();
+    share(threads, count, |own| {
+        while let Some(part) = runs[own].first() {
+            work(part);
+        }
+        for other in (own + 1..count).chain(0..own) {
+            while let Some(part) = runs[other].last() {
+                work(part);
+            }
+        }
+    });
+}
+
+/// Numbers that are left, taken from both ends.
+struct Run(AtomicU64);
+
+impl Run {
+    fn new(start: usize, end: usize) -> Self {
+        Self(AtomicU64::new(pack(start as u64, end as u64)))
+    }
+
+    fn first(&self) -> Option<usize> {
+        let taken = self.take(|start, end| (start + 1, end))?;
+        Some(taken.0 as usize)
+    }
+
+    fn last(&self) -> Option<usize> {
+        let taken = self.take(|start, end| (start, end - 1))?;
+        Some(taken.1 as usize - 1)
+    }
+
+    /// The limits before they were changed.
+    fn take(&self, change: impl Fn(u64, u64) -> (u64, u64)) -> Option<(u64, u64)> {
+        let next = |limits: u64| {
+            let (start, end) = (limits >> 32, limits & u64::from(u32::MAX));
+            (start < end).then(|| {
+                let (start, end) = change(start, end);
+                pack(start, end)
+            })
+        };
+        let limits = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).ok()?;
+        Some((limits >> 32, limits & u64::from(u32::MAX)))
+    }
+}
+
+const fn pack(start: u64, end: u64) -> u64 {
+    start << 32 | end
+}
+
 /// Calls `work` for each item, on at most `threads` threads; results are in the order of the items.
 pub fn share_items<I: Send, R: Send>(
     threads: usize,
@@ -153,7 +208,18 @@ mod tests {
                 done[part].fetch_add(1, Ordering::Relaxed);
             });
             assert!(done.iter().all(|done| done.load(Ordering::Relaxed) == 1));
+            share_runs(threads, parts, |part| {
+                done[part].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(done.iter().all(|done| done.load(Ordering::Relaxed) == 2));
         }
+    }
+
+    #[test]
+    fn a_run_is_taken_from_both_ends() {
+        let run = Run::new(3, 6);
+        assert_eq!([run.first(), run.last(), run.first()], [Some(3), Some(5), Some(4)]);
+        assert_eq!([run.first(), run.last()], [None, None]);
     }
 
     #[test]

@@ -16,10 +16,13 @@ use crate::quant::nested::NESTED_BLOCKSIZE;
 
 /// Elements of a block of threads, by `cuda/kernels.md`.
 const DEQUANTIZE4_EACH: u64 = 8192;
-const BYTES_EACH: u64 = 4096;
-/// Blocks of elements that a block of threads quantizes, and the fewest elements.
-const BLOCKS_EACH: u64 = 8;
-const QUANTIZE4_LEAST: u64 = 1024;
+const DEQUANTIZE8_EACH: u64 = 1024;
+const INT8_DEQUANTIZE_EACH: u64 = 4096;
+
+/// Elements that a block of threads quantizes: blocks for eight warps, or as much as those take.
+fn quantize_each(blocksize: usize) -> u64 {
+    8 * 256.max(blocksize as u64)
+}
 
 impl Cuda {
     /// Decodes the elements from flat position `first` on, as many as `out` holds.
@@ -88,7 +91,7 @@ impl Cuda {
             log2_blocksize: q.log2_blocksize()?,
             padding: 0,
         };
-        let grid = Grid::line(params.n, BYTES_EACH);
+        let grid = Grid::line(params.n, DEQUANTIZE8_EACH);
         self.launch(&DEQUANTIZE8, Some(T::DTYPE), grid, params)
     }
 
@@ -109,7 +112,7 @@ impl Cuda {
             rows: (out.len() / columns) as u64,
             columns: columns as u64,
         };
-        let grid = Grid::line(out.len() as u64, BYTES_EACH);
+        let grid = Grid::line(out.len() as u64, INT8_DEQUANTIZE_EACH);
         self.launch(&INT8_DEQUANTIZE, Some(T::DTYPE), grid, params)
     }
 
@@ -178,7 +181,7 @@ impl Cuda {
             scale,
             encoder: encoder(q.layout().format, book)?,
         };
-        let each = QUANTIZE4_LEAST.max(BLOCKS_EACH * q.layout().blocksize as u64);
+        let each = quantize_each(q.layout().blocksize);
         self.launch(&QUANTIZE4, Some(T::DTYPE), Grid::line(params.n, each), params)
     }
 
@@ -234,7 +237,7 @@ impl Cuda {
             log2_blocksize: log2(blocksize)?,
             padding: 0,
         };
-        let grid = Grid::line(params.n, BLOCKS_EACH * blocksize as u64);
+        let grid = Grid::line(params.n, quantize_each(blocksize));
         self.launch(&QUANTIZE8, Some(T::DTYPE), grid, params)
     }
 

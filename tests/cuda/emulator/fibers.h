@@ -6,7 +6,8 @@
 #include <cstdlib>
 #include <memory>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__) && !defined(NYBBLE_EMULATOR_PORTABLE)
+#define OWN_SWITCH
 extern "C" void nybble_fiber_switch(void **save, void *load);
 asm(R"(
 .text
@@ -43,7 +44,7 @@ public:
 
     // Makes the next `resume` begin at `entry`, which never returns.
     void begin(void (*entry)()) {
-#if defined(__x86_64__) && defined(__linux__)
+#ifdef OWN_SWITCH
         void **top = reinterpret_cast<void **>((reinterpret_cast<uintptr_t>(stack) + STACK) & ~uintptr_t(15));
         *--top = nullptr; // the entry sees a stack as after a call
         *--top = reinterpret_cast<void *>(entry);
@@ -59,7 +60,7 @@ public:
     }
 
     void resume() {
-#if defined(__x86_64__) && defined(__linux__)
+#ifdef OWN_SWITCH
         nybble_fiber_switch(&caller, place);
 #else
         swapcontext(&caller, &context);
@@ -68,7 +69,7 @@ public:
 
     // Called on the fiber itself: back to whoever resumed it.
     void suspend() {
-#if defined(__x86_64__) && defined(__linux__)
+#ifdef OWN_SWITCH
         nybble_fiber_switch(&place, caller);
 #else
         swapcontext(&context, &caller);
@@ -77,7 +78,7 @@ public:
 
 private:
     char *stack;
-#if defined(__x86_64__) && defined(__linux__)
+#ifdef OWN_SWITCH
     void *place = nullptr;
     void *caller = nullptr;
 #else

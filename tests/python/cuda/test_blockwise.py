@@ -167,6 +167,26 @@ def test_dequantize4_has_the_bits_of_the_cpu_from_any_start(
     assert same_bits(dequantize4(emulator, q, dtype, first, count), want)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_positions_beyond_32_bits_are_found(loaded: Emulator, nested: bool) -> None:
+    # The tensor's start lies so far before its last part that only 64-bit positions reach it.
+    q = nb.quantize(tensor((4096,), torch.float32, 6), "nf4", blocksize=64, nested=nested)
+    first = 2**36
+    scales, kept = scales_of(q)
+    if nested:
+        scales.codes -= first // 64
+        scales.nested_absmax -= first // 64 // 256 * 4
+    else:
+        scales.absmax -= first // 64 * 4
+    out = poisoned(4096, torch.float32)
+    packed = q.packed.data_ptr() - first // 2
+    params = Dequantize4(packed=packed, out=at(out), first=first, n=4096, scales=scales)
+    params.values[:] = values_of("nf4")
+    loaded.launch("dequantize4_f32", params, 1)
+    del kept
+    assert same_bits(out, q.dequantize(torch.float32))
+
+
 @FIXTURE
 @given(
     format=st.sampled_from(["dynamic8", "dynamic8u"]),

@@ -260,7 +260,7 @@ fn few_rows<D: Engine, T: Lanes>(
     let threads = job.threads(m);
     let most = job.rows.div_ceil(threads).next_multiple_of(4);
     let rows = (PART / (columns / 2)).max(4).min(most) / 4 * 4;
-    threads::share(threads, job.rows.div_ceil(rows), |part| {
+    threads::share_runs(threads, job.rows.div_ceil(rows), |part| {
         let first = part * rows;
         let count = rows.min(job.rows - first);
         let (start, length) = (first * few.blocks(), count * few.blocks());
