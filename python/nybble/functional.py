@@ -114,8 +114,14 @@ def linear(
     return products.linear(autocast(x), *q.parts, bias, *q.how, q.memo)
 
 
+# Naming the device takes a good part of the time of a small product.
+_autocast = torch._C._is_any_autocast_enabled
+
+
 def autocast(x: torch.Tensor) -> torch.Tensor:
     """The tensor in the dtype that an enclosing autocast asks for."""
+    if not _autocast():
+        return x
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.is_floating_point():
         return x.to(torch.get_autocast_dtype(device))

@@ -292,6 +292,7 @@ def check_product(x: Tensor, shape: Sequence[int]) -> None:
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.maybe_current_level
 _tracing = torch._C._get_tracing_state
+_forward = torch.autograd.forward_ad
 
 
 def is_plain(x: Tensor, packed: Tensor) -> bool:
@@ -301,7 +302,7 @@ def is_plain(x: Tensor, packed: Tensor) -> bool:
         and ((x.is_cpu and packed.is_cpu) or (HAS_CUDA and x.is_cuda and packed.is_cuda))
         and _modes() == 0
         and _transforms() is None
-        and torch.autograd.forward_ad._current_level < 0
+        and _forward._current_level < 0
         and _tracing() is None
     )
 

@@ -85,11 +85,13 @@ def _backward_cpu(
     weight = (packed, absmax, nested_absmax, nested_offset, format, blocksize, list(shape))
     if grad.dtype not in _FLOATS:
         return reference.linear_backward(grad, *weight)
+    return _gradient(_core.Prepared(ops.weight(*weight)), grad, shape[1])
+
+
+def _gradient(prepared: _core.Prepared, grad: Tensor, columns: int) -> Tensor:
     grad = grad.contiguous()
-    out = grad.new_empty((*grad.shape[:-1], shape[1]))
-    _core.Prepared(ops.weight(*weight)).linear_backward(
-        memory(grad), memory(out), ops.kernel_threads()
-    )
+    out = grad.new_empty((*grad.shape[:-1], columns))
+    prepared.linear_backward(memory(grad), memory(out), ops.kernel_threads())
     return out
 
 
@@ -115,7 +117,7 @@ def _backward_fake(
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, packed, absmax, nested_absmax, nested_offset, bias, format, blocksize, shape = inputs
     ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
-    ctx.how = (format, blocksize, shape)
+    ctx.how, ctx.memo = (format, blocksize, shape), Memo()
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -123,7 +125,15 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """grad_x = grad @ W; the weight is frozen."""
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.nybble.linear_backward(grad, *ctx.saved_tensors, *ctx.how)
+        weight = (*ctx.saved_tensors, *ctx.how)
+        if grad.dtype not in _FLOATS or others_have_a_say(grad, weight[0], None):
+            grad_x = torch.ops.nybble.linear_backward(grad, *weight)
+        else:
+            prepared = ctx.memo.get(*weight)
+            if isinstance(prepared, _core.Prepared):
+                grad_x = _gradient(prepared, grad, ctx.how[2][1])
+            else:
+                grad_x = cuda.gradient(prepared, grad, weight[0], *ctx.how)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
     return grad_x, None, None, None, None, grad_bias, None, None, None
@@ -132,17 +142,38 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("nybble::linear", _linear_backward, setup_context=_linear_setup)
 
 
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, absmax, nested_absmax, nested_offset, format, blocksize, shape = inputs
+    ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
+    ctx.how = (format, blocksize, shape)
+
+
+def _backward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient is linear in the gradient that it was made from."""
+    again = torch.ops.nybble.linear(grad, *ctx.saved_tensors, None, *ctx.how)
+    return again, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "nybble::linear_backward", _backward_backward, setup_context=_backward_setup
+)
+
+
 _grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 
 
 def others_have_a_say(x: Tensor, packed: Tensor, bias: Tensor | None) -> bool:
     """Whether a gradient is wanted, or a tracer, mode or subclass of torch is to be asked."""
-    if _is_compiling():
-        return True
-    if _grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return True
-    return not ops.is_plain(x, packed)
+    return _is_seen(x, packed) or _is_followed(x, bias)
+
+
+def _is_seen(x: Tensor, packed: Tensor) -> bool:
+    return _is_compiling() or not ops.is_plain(x, packed)
+
+
+def _is_followed(x: Tensor, bias: Tensor | None) -> bool:
+    return _grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
 class Memo:
@@ -186,6 +217,49 @@ class Memo:
         return Memo, ()
 
 
+def _multiply(
+    prepared: _core.Prepared | _core.CudaWeight,
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    how: tuple[str, int, Sequence[int]],
+) -> Tensor:
+    """The product on the device that the description is for."""
+    if isinstance(prepared, _core.Prepared):
+        return _product(prepared, x, bias, how[2][0])
+    return cuda.product(prepared, x, packed, bias, *how)
+
+
+class _Followed(torch.autograd.Function):
+    """The product where a gradient is wanted and nothing but autograd looks on.
+
+    The op has a gradient too, but torch takes several times as long to find it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        packed: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor | None,
+        nested_offset: Tensor | None,
+        bias: Tensor | None,
+        how: tuple[str, int, Sequence[int]],
+        memo: Memo,
+    ) -> Tensor:
+        ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
+        ctx.how, ctx.memo = how, memo
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        prepared = memo.get(packed, absmax, nested_absmax, nested_offset, *how)
+        return _multiply(prepared, x, packed, bias, how)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, _, _, _, _, grad_bias, *_ = _linear_backward(ctx, grad)
+        return grad_x, None, None, None, None, grad_bias, None, None
+
+
 def linear(
     x: Tensor,
     packed: Tensor,
@@ -204,14 +278,18 @@ def linear(
     `memo` spares describing the weight again.
     """
     parts = (packed, absmax, nested_absmax, nested_offset)
-    if others_have_a_say(x, packed, bias):
-        result: Tensor = torch.ops.nybble.linear(x, *parts, bias, format, blocksize, shape)
-        return result
-    if memo is None or x.dtype not in _FLOATS:
-        straight = _linear_cpu if x.is_cpu else cuda.linear
-        return straight(x, *parts, bias, format, blocksize, shape)
-    ops.check_product(x, shape)
-    prepared = memo.get(*parts, format, blocksize, shape)
-    if isinstance(prepared, _core.Prepared):
-        return _product(prepared, x, bias, shape[0])
-    return cuda.product(prepared, x, packed, bias, format, blocksize, shape)
+    result: Tensor
+    how = (format, blocksize, shape)
+    followed = _is_followed(x, bias)
+    if _is_seen(x, packed) or (followed and x.dtype not in _FLOATS):
+        result = torch.ops.nybble.linear(x, *parts, bias, *how)
+    elif x.dtype not in _FLOATS:
+        result = (_linear_cpu if x.is_cpu else cuda.linear)(x, *parts, bias, *how)
+    else:
+        ops.check_product(x, shape)
+        memo = memo or Memo()
+        if followed:
+            result = _Followed.apply(x, *parts, bias, how, memo)
+        else:
+            result = _multiply(memo.get(*parts, *how), x, packed, bias, how)
+    return result

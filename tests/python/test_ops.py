@@ -77,6 +77,30 @@ def test_gradients_are_those_of_the_decoded_weight(how, shape, seed):
     torch.testing.assert_close(bias.grad, grad.sum(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_and_their_gradients_are_those_of_the_decoded_weight(dtype):
+    q = nb.quantize(torch.randn(6, 64), "nf4")
+    weight = q.dequantize(torch.float32).to(dtype)
+    x = torch.randn(3, 64, dtype=dtype, requires_grad=True)
+    bias = torch.randn(6, dtype=dtype, requires_grad=True)
+    found = []
+    for product in (
+        lambda: nb.linear(x, q, bias),
+        lambda: torch.ops.nybble.linear(x, *q.parts, bias, *q.how),
+        lambda: torch.nn.functional.linear(x, weight, bias),
+    ):
+        y = product()
+        first = torch.autograd.grad(y.square().sum(), (x, bias), create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), (x, bias))
+        found.append((y, *first, *second))
+    for ours in found[:2]:
+        for got, want in zip(ours, found[2], strict=True):
+            # Sums of up to 64 terms of like sizes, thrice in a row.
+            torch.testing.assert_close(
+                got, want, rtol=1e-4, atol=1e-4 * float(want.detach().abs().max())
+            )
+
+
 def test_autocast_decides_the_dtype_as_for_torchs_linear():
     q = nb.quantize(torch.randn(8, 64))
     x = torch.randn(2, 64, requires_grad=True)

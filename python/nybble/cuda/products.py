@@ -94,15 +94,27 @@ def linear_backward(
     blocksize: int,
     shape: Sequence[int],
 ) -> Tensor:
-    """`nybble::linear_backward`. Several chunks are summed in float32."""
+    """`nybble::linear_backward`."""
     parts = (packed, absmax, nested_absmax, nested_offset)
     how = (format, blocksize, list(shape))
     if grad.dtype not in FLOATS:
         return reference.linear_backward(grad, *parts, *how)
+    return gradient(place.weight(*parts, *how), grad, packed, *how)
+
+
+def gradient(
+    weight: _core.CudaWeight,
+    grad: Tensor,
+    packed: Tensor,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+) -> Tensor:
+    """`grad @ weight` for a weight that was described. Several chunks are summed in float32."""
     place.check_together(packed, grad.contiguous())
     n, k = shape
     grad2 = grad.reshape(-1, n)
-    decoded_rows = _decoded(place.weight(*parts, *how), grad, place.where(packed), *how)
+    decoded_rows = _decoded(weight, grad, place.where(packed), format, blocksize, shape)
     sums = [torch.mm(grad2[:, chunk], decoded) for chunk, decoded in _first(decoded_rows)]
     total = sums[0] if sums else grad2.new_zeros(len(grad2), k)
     wide: Tensor | None = None

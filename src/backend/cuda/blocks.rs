@@ -17,7 +17,7 @@ use crate::quant::nested::NESTED_BLOCKSIZE;
 /// Elements of a block of threads, by `cuda/kernels.md`.
 const DEQUANTIZE4_EACH: u64 = 8192;
 const DEQUANTIZE8_EACH: u64 = 1024;
-const INT8_DEQUANTIZE_EACH: u64 = 4096;
+const INT8_DEQUANTIZE_EACH: u64 = 1024;
 
 /// Elements that a block of threads quantizes: blocks for eight warps, or as much as those take.
 fn quantize_each(blocksize: usize) -> u64 {

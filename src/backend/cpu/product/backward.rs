@@ -1,47 +1,68 @@
 //! The gradient of the activations: `out[m, k] = sum over n of grad[m, n] * W[n, k]`.
 //!
-//! Rows of the weight are decoded a stretch of columns at a time. As many columns as a panel has
-//! lanes make a panel whose units run down the rows.
+//! Threads take stretches of columns, so no two of them add to one sum. For few rows of gradients
+//! the codes are decoded in registers; for more, as many columns as a panel has lanes make a panel
+//! whose units run down the rows. Weights without whole blocks of four-bit codes are decoded into
+//! memory first.
 
 use std::ops::Range;
 
+use super::down::VECTORS;
 use super::engine::Engine;
-use super::lanes::panel_rows;
+use super::few::FEW;
+use super::lanes::{CODES, panel_rows};
 use super::out::Out;
+use super::stretch::{Gradients, RowScales, Run, Stretch, ordered};
 use super::tiles::Panel;
 use super::{BATCH, Job, Lanes, converted, decode_dense, threads};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::aligned::Aligned;
+use crate::tensor::Scales;
 
-/// Columns of the weight that are one part of the work; a multiple of a panel's lanes.
+/// Columns of the weight that are one part of the work; a multiple of any chunk.
 const STRETCH: usize = 256;
 
-/// The same for few rows of gradients, where to begin with a row of the weight is most of the work.
+/// The same where weights are decoded into memory for few rows of gradients: to begin with a row
+/// of the weight is most of the work.
 const LONG: usize = 2048;
 
-/// The most rows of gradients that are few.
-const FEW: usize = 96;
+/// Rows of gradients that are few in that case.
+const NOT_MANY: usize = 96;
+
+/// Columns of a part for one, two, three and four rows of gradients: sums stay in the first-level
+/// cache beside a stream of weights, and long pieces of rows are read faster than short ones.
+const FEW_COLUMNS: [usize; FEW] = [4096, 2048, 512, 512];
+
+/// Rows of the weight whose scales are decoded at once.
+const ROWS: usize = 64;
+
+/// Units of a panel: four of them stay in the first-level cache, or near it.
+const DEPTH: usize = 64;
 
 /// Elements of the weight that are decoded at a time; they stay in the second-level cache.
 const DECODED: usize = 128 * STRETCH;
 
-/// Columns of a part for `m` rows of gradients on `threads` threads.
-fn columns_of_part(columns: usize, m: usize, threads: usize) -> usize {
-    if m > FEW {
-        return STRETCH;
-    }
-    columns.div_ceil(threads).next_multiple_of(STRETCH).clamp(STRETCH, LONG)
+/// Columns of a part of the work.
+fn columns_of_part(columns: usize, coded: bool, m: usize, threads: usize) -> usize {
+    let most = match (coded, m) {
+        (true, 1..=FEW) => FEW_COLUMNS[m - 1],
+        (false, ..=NOT_MANY) => LONG,
+        _ => return STRETCH,
+    };
+    columns.div_ceil(threads).next_multiple_of(STRETCH).clamp(STRETCH, most)
 }
 
 /// `job.x` is the gradient of the product, with rows as long as the weight has rows.
 pub fn backward<D: Engine, T: Lanes>(d: D, job: &Job<'_, T>, out: &Out<'_, T>) {
-    let per = 8 / D::STEPS;
-    let stride = job.rows.next_multiple_of(per);
+    let codebook = job.codebook();
     for first in (0..job.m).step_by(BATCH) {
         let m = BATCH.min(job.m - first);
         let mut wide = Aligned::default();
         let grad = &job.x[first * job.rows..(first + m) * job.rows];
         let grad = converted(d, grad, &mut wide);
+        // Rows of the weight that are taken together.
+        let group = if codebook.is_some() && m <= FEW { D::ROWS } else { CODES / D::STEPS };
+        let stride = job.rows.next_multiple_of(group);
         let mut padded = Aligned::default();
         let grad = if stride == job.rows {
             grad
@@ -52,27 +73,117 @@ pub fn backward<D: Engine, T: Lanes>(d: D, job: &Job<'_, T>, out: &Out<'_, T>) {
             }
             &padded
         };
+        let gradients = Gradients { x: grad, stride, m };
         let out = out.below(first);
         let threads = job.threads(m);
-        let width = columns_of_part(job.columns, m, threads);
+        let width = columns_of_part(job.columns, codebook.is_some(), m, threads);
         threads::share(threads, job.columns.div_ceil(width), |part| {
             let first = part * width;
             let columns = first..job.columns.min(first + width);
-            stretch(d, job, (grad, stride), m, columns, &out);
+            match codebook {
+                Some(values) => coded_stretch(d, job, values, gradients, columns, &out),
+                None => dense_stretch(d, job, gradients, columns, &out),
+            }
         });
     }
 }
 
-fn stretch<D: Engine, T: Lanes>(
+/// A stretch of columns of a weight whose rows are whole blocks of codes.
+fn coded_stretch<D: Engine, T: Lanes>(
     d: D,
     job: &Job<'_, T>,
-    (grad, stride): (&[D::X], usize),
-    m: usize,
+    values: &[f32; 16],
+    gradients: Gradients<'_, D::X>,
     columns: Range<usize>,
     out: &Out<'_, T>,
 ) {
-    let (lanes, per) = (panel_rows::<D>(), 8 / D::STEPS);
-    let (first, width) = (columns.start, columns.len());
+    let (blocksize, chunk) = (job.q.layout().blocksize, CODES * D::LANES);
+    let stretch = Stretch {
+        packed: job.q.packed(),
+        row_bytes: job.columns / 2,
+        start: columns.start,
+        width: columns.len(),
+        blocksize,
+        values: *values,
+    };
+    let chunks = stretch.chunks::<D>();
+    let m = gradients.m;
+    let few = m <= FEW;
+    let mut sums = Aligned::<f32>::zeroed(m * chunks * chunk);
+    let apart = DEPTH * panel_rows::<D>();
+    let mut panels = Aligned::<u32>::zeroed(if few { 0 } else { VECTORS / 2 * apart });
+    let rows = if few { ROWS } else { DEPTH * CODES / D::STEPS };
+    let mut decoded = Vec::new();
+    for first in (0..job.rows).step_by(rows) {
+        let count = rows.min(job.rows - first);
+        let scales = scales_of(job, (first, count), &columns, &mut decoded);
+        let run = Run { first, count, scales };
+        let x = Gradients { x: &gradients.x[first..], ..gradients };
+        if few {
+            d.few_columns(&stretch, &run, x, &mut sums);
+            continue;
+        }
+        let length = count.div_ceil(CODES / D::STEPS) * panel_rows::<D>();
+        for (c, sums) in sums.chunks_exact_mut(m * chunk).enumerate() {
+            d.panels(&stretch, &run, c, &mut panels);
+            let sums = sums.chunks_exact_mut(m * panel_rows::<D>());
+            for (units, sums) in panels.chunks_exact(apart).zip(sums) {
+                d.tiles(&Panel { units: &units[..length] }, x.x, x.stride, m, sums);
+            }
+        }
+    }
+    let mut row = [0.0; CODES * 16];
+    for c in 0..chunks {
+        let at = columns.start + c * chunk;
+        let count = chunk.min(columns.end - at);
+        for i in 0..m {
+            let vector = |v: usize| {
+                let at = if few {
+                    (i * chunks + c) * chunk + v * D::LANES
+                } else {
+                    ((c * VECTORS / 2 + v / 2) * m + i) * panel_rows::<D>() + v % 2 * D::LANES
+                };
+                &sums[at..at + D::LANES]
+            };
+            ordered(vector, &mut row);
+            // SAFETY: every part of the work writes columns of its own.
+            d.finish(&row[..count], None, unsafe { out.part(i, at, count) });
+        }
+    }
+}
+
+/// The scales of a stretch of some rows, where they are or decoded.
+fn scales_of<'a, T>(
+    job: &Job<'a, T>,
+    (first, count): (usize, usize),
+    columns: &Range<usize>,
+    decoded: &'a mut Vec<f32>,
+) -> RowScales<'a> {
+    let blocksize = job.q.layout().blocksize;
+    let (start, blocks) = (columns.start / blocksize, job.columns / blocksize);
+    let here = columns.end.div_ceil(blocksize) - start;
+    match job.q.scales() {
+        Scales::Plain(scales) => RowScales { scales: &scales[first * blocks + start..], blocks },
+        scales => {
+            decoded.resize(count * here, 0.0);
+            for (row, decoded) in (first..).zip(decoded.chunks_exact_mut(here)) {
+                scales.decode(row * blocks + start, decoded);
+            }
+            RowScales { scales: decoded, blocks: here }
+        }
+    }
+}
+
+/// A stretch of columns of any weight.
+fn dense_stretch<D: Engine, T: Lanes>(
+    d: D,
+    job: &Job<'_, T>,
+    gradients: Gradients<'_, D::X>,
+    columns: Range<usize>,
+    out: &Out<'_, T>,
+) {
+    let (lanes, per) = (panel_rows::<D>(), CODES / D::STEPS);
+    let (first, width, m) = (columns.start, columns.len(), gradients.m);
     // Rows of the scratch: whole panels.
     let pitch = width.next_multiple_of(STRETCH);
     // A pair of rows makes a unit where numbers are narrow.
@@ -98,7 +209,7 @@ fn stretch<D: Engine, T: Lanes>(
                 weave(rows, panel * lanes, unit);
             }
             let panel = Panel { units: &units[..length * lanes] };
-            d.tiles(&panel, &grad[row..], stride, m, sums);
+            d.tiles(&panel, &gradients.x[row..], gradients.stride, m, sums);
         }
     }
     for (panel, sums) in sums.chunks_exact(m * lanes).enumerate() {

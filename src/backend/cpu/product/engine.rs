@@ -9,21 +9,33 @@ use super::super::{
     avx512::{Avx512, Avx512Ext},
 };
 use super::ahead::Ahead;
+use super::down::Down;
 use super::few::Few;
 use super::lanes::Dot;
 use super::many::{Many, Scratch};
 use super::portable::Portable;
+use super::stretch::{self, Gradients, Run, Stretch};
 use super::tiles::{self, Panel};
 use super::{dense, few, many};
 
 /// What the driver calls; each is documented at the function of the same name.
-pub trait Engine: Dot + Send + Sync {
+pub trait Engine: Down + Send + Sync {
     /// [`few::rows`]
     fn rows(self, few: &Few<'_, Self::X>, first: usize, scales: &[f32], out: &mut [f32]);
     /// [`many::strip`]
     fn strip(self, many: &Many<'_, Self::X>, first: usize, count: usize, to: &mut Scratch<Self::X>);
     /// [`tiles::tiles`]
     fn tiles(self, panel: &Panel<'_>, x: &[Self::X], stride: usize, m: usize, sums: &mut [f32]);
+    /// [`stretch::few`]
+    fn few_columns(
+        self,
+        stretch: &Stretch<'_>,
+        run: &Run<'_>,
+        gradients: Gradients<'_, Self::X>,
+        sums: &mut [f32],
+    );
+    /// [`stretch::panels`]
+    fn panels(self, stretch: &Stretch<'_>, run: &Run<'_>, chunk: usize, panels: &mut [u32]);
     /// [`dense::row`]
     fn dense_row(self, weights: &[f32], x: &[f32], out: &mut [f32]);
     /// [`dense::finish`]
@@ -88,6 +100,44 @@ macro_rules! engine {
                 }
                 $call!(inner(self, panel, x, stride, m, sums));
             }
+            fn few_columns(
+                self,
+                stretch: &Stretch<'_>,
+                run: &Run<'_>,
+                gradients: Gradients<'_, Self::X>,
+                sums: &mut [f32],
+            ) {
+                $(#[$enable])?
+                fn inner(
+                    d: $isa,
+                    stretch: &Stretch<'_>,
+                    run: &Run<'_>,
+                    gradients: Gradients<'_, <$isa as Dot>::X>,
+                    sums: &mut [f32],
+                ) {
+                    stretch::few(d, stretch, run, gradients, sums);
+                }
+                $call!(inner(self, stretch, run, gradients, sums));
+            }
+            fn panels(
+                self,
+                stretch: &Stretch<'_>,
+                run: &Run<'_>,
+                chunk: usize,
+                panels: &mut [u32],
+            ) {
+                $(#[$enable])?
+                fn inner(
+                    d: $isa,
+                    stretch: &Stretch<'_>,
+                    run: &Run<'_>,
+                    chunk: usize,
+                    panels: &mut [u32],
+                ) {
+                    stretch::panels(d, stretch, run, chunk, panels);
+                }
+                $call!(inner(self, stretch, run, chunk, panels));
+            }
             fn dense_row(self, weights: &[f32], x: &[f32], out: &mut [f32]) {
                 $(#[$enable])?
                 fn inner(d: $isa, weights: &[f32], x: &[f32], out: &mut [f32]) {
@@ -122,7 +172,10 @@ engine!(Portable, plain);
 
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod vectors {
-    use super::{Ahead, Dot, Engine, Few, Lanes, Many, Panel, Scratch, dense, few, many, tiles};
+    use super::{
+        Ahead, Dot, Engine, Few, Gradients, Lanes, Many, Panel, Run, Scratch, Stretch, dense, few,
+        many, stretch, tiles,
+    };
     #[cfg(target_arch = "x86_64")]
     use super::{Avx2, Avx512, Avx512Ext};
     #[cfg(target_arch = "aarch64")]

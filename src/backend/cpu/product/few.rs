@@ -41,13 +41,29 @@ pub fn prepare<D: Dot>(row: &[D::X], lanes: usize, out: &mut [D::X]) {
     let chunk = CODES * lanes;
     let (whole, rest) = row.split_at(row.len() - row.len() % chunk);
     let (out, last) = out.split_at_mut(whole.len());
-    for (x, out) in whole.chunks_exact(chunk).zip(out.chunks_exact_mut(chunk)) {
-        prepare_chunk::<D>(x, out);
+    if lanes == 1 {
+        prepare_words::<D>(whole, out);
+    } else {
+        for (x, out) in whole.chunks_exact(chunk).zip(out.chunks_exact_mut(chunk)) {
+            prepare_chunk::<D>(x, out);
+        }
     }
     if !rest.is_empty() {
         let mut padded = vec![<D::X as bytemuck::Zeroable>::zeroed(); chunk];
         padded[..rest.len()].copy_from_slice(rest);
         prepare_chunk::<D>(&padded, last);
+    }
+}
+
+/// Chunks of one word: an order of eight numbers that the compiler knows.
+fn prepare_words<D: Dot>(x: &[D::X], out: &mut [D::X]) {
+    let per = CODES / D::STEPS;
+    let (words, _) = x.as_chunks::<CODES>();
+    let (out, _) = out.as_chunks_mut::<CODES>();
+    for (word, out) in words.iter().zip(out) {
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = word[i % per * D::STEPS + ((i / per) ^ 1)];
+        }
     }
 }
 
@@ -123,14 +139,15 @@ fn blocks<D: Dot, const M: usize, const B: usize>(
         (true, _) | (false, 1 | 2) => 2,
         (false, _) => 1,
     };
+    let table = d.table(&few.values);
     let mut n = 0;
     while n < count {
         let packed = &few.packed[(first + n) * bytes..(first + count) * bytes];
         let (scales, out) = (&scales[n * blocks..], &mut out[n * M..]);
         n += match together.min(count - n) {
-            4 => group::<D, M, B, 4>(d, few, packed, scales, out),
-            2 | 3 => group::<D, M, B, 2>(d, few, packed, scales, out),
-            _ => group::<D, M, B, 1>(d, few, packed, scales, out),
+            4 => group::<D, M, B, 4>(d, few, table, packed, scales, out),
+            2 | 3 => group::<D, M, B, 2>(d, few, table, packed, scales, out),
+            _ => group::<D, M, B, 1>(d, few, table, packed, scales, out),
         };
     }
 }
@@ -140,6 +157,7 @@ fn blocks<D: Dot, const M: usize, const B: usize>(
 fn group<D: Dot, const M: usize, const B: usize, const R: usize>(
     d: D,
     few: &Few<'_, D::X>,
+    table: D::Table,
     packed: &[u8],
     scales: &[f32],
     out: &mut [f32],
@@ -150,10 +168,10 @@ fn group<D: Dot, const M: usize, const B: usize, const R: usize>(
     let chunks = few.columns / chunk;
     // With blocks longer than a chunk, chunks share a scale.
     let share = (few.blocksize / chunk).max(1).trailing_zeros();
-    let table = d.table(&few.values);
     let mut acc = [[d.splat(0.0); M]; R];
     // SAFETY: whole chunks of codes, their scales and their activations lie inside the slices,
-    // as counted here and in `blocks`; the rest of a row is copied, with zeros behind it.
+    // as counted here and in `blocks`; where less than a chunk is left of the slice it is copied,
+    // with zeros behind it.
     unsafe {
         let mut words = [d.words([0u8; 64].as_ptr()); R];
         let mut scale = [d.splat(0.0); R];
@@ -175,11 +193,20 @@ fn group<D: Dot, const M: usize, const B: usize, const R: usize>(
         if few.columns % chunk != 0 {
             for r in 0..R {
                 let (mut last, mut last_scales) = ([0u8; 64], [0f32; BLOCKS]);
-                let rest = &packed[r * bytes + chunks * chunk / 2..(r + 1) * bytes];
-                last[..rest.len()].copy_from_slice(rest);
+                let at = r * bytes + chunks * chunk / 2;
+                words[r] = if at + chunk / 2 <= packed.len() {
+                    // Codes of the next row meet activations of zero. A copy would have to wait
+                    // until it is written, in every row.
+                    d.words(packed.as_ptr().add(at))
+                } else {
+                    let rest = &packed[at..(r + 1) * bytes];
+                    last[..rest.len()].copy_from_slice(rest);
+                    d.words(last.as_ptr())
+                };
                 let rest = &scales[r * blocks + ((chunks * B) >> share)..(r + 1) * blocks];
-                last_scales[..rest.len()].copy_from_slice(rest);
-                words[r] = d.words(last.as_ptr());
+                for (last, scale) in last_scales.iter_mut().take(B).zip(rest) {
+                    *last = *scale; // one by one: a call to copy them would spill every register
+                }
                 scale[r] = d.scales::<B>(last_scales.as_ptr());
             }
             step(d, few, table, words, few.x.as_ptr().add(chunks * chunk), scale, &mut acc);

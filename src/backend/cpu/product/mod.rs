@@ -14,6 +14,9 @@ mod backward;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
 mod dense;
+mod down;
+#[cfg(target_arch = "x86_64")]
+mod down_bf16;
 mod engine;
 mod few;
 mod lanes;
@@ -25,6 +28,7 @@ mod neon;
 mod neon_bf16;
 mod out;
 mod portable;
+mod stretch;
 mod tiles;
 
 use self::engine::Engine;
