@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 import nybble as nb
-from nybble import cuda, reference
+from nybble import cuda, products, reference
 from nybble.cuda import place
 from nybble.errors import DeviceError
 from strategies import assert_product, dtypes, for_format, matrices, seeds, settings_of, tensor
@@ -141,3 +141,22 @@ def test_a_description_is_made_again_where_the_tensors_have_moved():
     assert weight.is_at(q.packed.data_ptr(), q.absmax.data_ptr(), nested)
     assert not weight.is_at(q.packed.data_ptr() + 1, q.absmax.data_ptr(), nested)
     assert not weight.is_at(q.packed.data_ptr(), q.absmax.data_ptr())
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_gradients_that_autograd_alone_follows_take_the_devices_kernels(rows, launches):
+    class OnDevice(products.Memo):
+        def get(self, *weight):
+            return place.weight(*weight)
+
+    q = nb.quantize(torch.randn(48, 128), nested=True)
+    x = torch.randn(rows, 128, requires_grad=True)
+    bias = torch.randn(48, requires_grad=True)
+    launches()
+    y = products._Followed.apply(x, *q.parts, bias, q.how, OnDevice())
+    grad = torch.randn(rows, 48)
+    y.backward(grad)
+    assert len(launches()) == 2
+    assert_product(y.detach(), x.detach(), q, bias.detach())
+    torch.testing.assert_close(x.grad, grad @ q.dequantize(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bias.grad, grad.sum(0))
