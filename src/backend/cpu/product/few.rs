@@ -9,9 +9,12 @@ use super::lanes::{CODES, Dot};
 pub const FEW: usize = 4;
 
 /// Bytes of activations that stay in the first-level cache beside a stream of weights.
-const HOT: usize = 16 * 1024;
+const HOT: usize = 32 * 1024;
 
-/// Bytes behind the next rows that are on their way from memory.
+/// Bytes of codes that are on their way from memory meanwhile.
+const AHEAD: usize = 12 * 1024;
+
+/// The same behind the next rows, where activations leave less room.
 const FAR: usize = 4096;
 
 /// The most blocks that share a chunk: 128 codes in blocks of 32.
@@ -85,6 +88,10 @@ impl<X> Few<'_, X> {
     const fn row_bytes(&self) -> usize {
         self.columns / 2
     }
+    /// Whether the activations stay in the first-level cache.
+    fn hot(&self) -> bool {
+        size_of_val(self.x) <= HOT
+    }
     /// Blocks of a row.
     pub const fn blocks(&self) -> usize {
         self.columns / self.blocksize
@@ -133,9 +140,9 @@ fn blocks<D: Dot, const M: usize, const B: usize>(
     let chunks = few.columns.div_ceil(CODES * D::LANES);
     assert!(few.x.len() == M * chunks * CODES * D::LANES);
     // Rows share the loads of activations; the more, the further apart the streams of codes.
-    let hot = size_of_val(few.x) <= HOT;
     let together = match (D::LANES >= 16, M) {
-        (true, 1 | 2) => 4 / (1 + usize::from(hot)),
+        (true, 1) if few.hot() => 1,
+        (true, _) if !few.hot() => 4,
         (true, _) | (false, 1 | 2) => 2,
         (false, _) => 1,
     };
@@ -168,6 +175,7 @@ fn group<D: Dot, const M: usize, const B: usize, const R: usize>(
     let chunks = few.columns / chunk;
     // With blocks longer than a chunk, chunks share a scale.
     let share = (few.blocksize / chunk).max(1).trailing_zeros();
+    let hot = few.hot();
     let mut acc = [[d.splat(0.0); M]; R];
     // SAFETY: whole chunks of codes, their scales and their activations lie inside the slices,
     // as counted here and in `blocks`; where less than a chunk is left of the slice it is copied,
@@ -178,12 +186,14 @@ fn group<D: Dot, const M: usize, const B: usize, const R: usize>(
         for c in 0..chunks {
             let block = (c * B) >> share;
             for r in 0..R {
-                if R > 1 {
-                    // The next rows, in the order in which they lie in memory, and those behind
-                    // them as near as the second-level cache.
-                    let next = R * bytes + (c * R + r) * (chunk / 2);
-                    d.prefetch(packed.as_ptr().wrapping_add(next));
-                    d.prefetch_far(packed.as_ptr().wrapping_add(next + FAR));
+                // In the order in which rows lie in memory. What comes as near as the second-level
+                // cache does not take the few places of lines on their way to the first.
+                let next = packed.as_ptr().wrapping_add((c * R + r) * (chunk / 2));
+                if hot {
+                    d.prefetch_far(next.wrapping_add(AHEAD));
+                } else {
+                    d.prefetch(next.wrapping_add(R * bytes));
+                    d.prefetch_far(next.wrapping_add(R * bytes + FAR));
                 }
                 words[r] = d.words(packed.as_ptr().add(r * bytes + c * chunk / 2));
                 scale[r] = d.scales::<B>(scales.as_ptr().add(r * blocks + block));
