@@ -4,7 +4,7 @@ CHECK = scripts/check.sh
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo fmt lint wheel test test-rust test-python test-slow test-avx512 test-asan test-neon bench lock clean
+.PHONY: help venv dev demo fmt lint kernels wheel test test-rust test-python test-slow test-avx512 test-asan test-neon bench lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,11 +25,14 @@ fmt: venv ## format Rust and Python
 lint: venv ## formats, clippy, ruff, mypy, stubtest (needs `make dev` once)
 	@$(CHECK) rustfmt clippy ruff mypy stubtest
 
+kernels: venv ## compile the CUDA kernels for all GPUs (needs no GPU)
+	@$(CHECK) kernels
+
 wheel: venv ## build the wheel into dist/ and check it
 	@$(CHECK) wheel
 
 test: ## everything that CI runs
-	@$(CHECK) venv fetch rustfmt clippy rust-tests doctests wheel install ruff mypy stubtest pytest
+	@$(CHECK) venv fetch kernels rustfmt clippy rust-tests doctests wheel install ruff mypy stubtest pytest
 
 test-rust: ## Rust tests and doctests
 	@$(CHECK) rust-tests doctests

@@ -12,6 +12,9 @@ step_venv() { scripts/setup_venv.sh; }
 # Fails where Cargo.lock is not what Cargo.toml asks for, and downloads the crates.
 step_fetch() { cargo fetch --locked; }
 
+# Before the wheel, which embeds them. Without NVRTC (not on Linux) it embeds their sources only.
+step_kernels() { "$PY" cuda/build_kernels.py --optional; }
+
 step_rustfmt() { cargo fmt --all --check; }
 
 step_clippy() {
@@ -47,7 +50,10 @@ step_ruff() {
   "$PY" -m ruff format --check
 }
 
-step_mypy() { "$PY" -m mypy --strict python/nybble; }
+step_mypy() {
+  "$PY" -m mypy --strict python/nybble
+  "$PY" -m mypy --strict cuda/build_kernels.py
+}
 
 step_stubtest() {
   need_nybble

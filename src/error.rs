@@ -3,7 +3,11 @@
 //! A message says what was asked, what was found and what to do. The Python module turns each
 //! variant into an exception with one exhaustive match (`src/python/error.rs`).
 
+mod device;
+
 use std::path::{Path, PathBuf};
+
+pub use device::DeviceProblem;
 
 /// Shorthand for results of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -147,6 +151,9 @@ pub enum Error {
         /// What to do.
         remedy: &'static str,
     },
+    /// A CUDA device that is not there or cannot do what was asked.
+    #[error(transparent)]
+    Device(#[from] DeviceProblem),
     /// The caller asked to stop.
     #[error("interrupted; nothing was written under the final name, run the command again")]
     Interrupted,

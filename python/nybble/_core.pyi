@@ -7,11 +7,22 @@ from typing import Any, Final, TypedDict, final, type_check_only
 
 __all__ = [
     "Checkpoint",
+    "CudaWeight",
     "Prepared",
     "Rules",
     "__version__",
+    "codebook_tables",
     "cpu",
     "cpu_features",
+    "cuda_available",
+    "cuda_devices",
+    "cuda_driver_present",
+    "cuda_int8_linear",
+    "cuda_int8_outliers",
+    "cuda_int8_rows",
+    "cuda_most_rows",
+    "cuda_quantize",
+    "cuda_warmup",
     "default_threads",
     "dequantize",
     "dequantize_checkpoint",
@@ -29,6 +40,7 @@ __all__ = [
     "quantization_config",
     "quantize",
     "quantize_checkpoint",
+    "refuse_nonfinite",
     "render_quant_state",
     "unpack_codes",
 ]
@@ -112,6 +124,61 @@ class Prepared:
         self, x: _Memory, bias: _Memory | None, out: _Memory, threads: int | None = None
     ) -> None: ...
     def linear_backward(self, grad: _Memory, out: _Memory, threads: int | None = None) -> None: ...
+
+# (number of the device, handle of a stream)
+_Place = tuple[int, int]
+# values, pivots and order of a codebook of 256 on the device
+_Tables = tuple[_Memory, ...]
+
+@type_check_only
+class CudaDevice(TypedDict):
+    name: str
+    capability: tuple[int, int]
+    kernels: str
+
+def cuda_available() -> None: ...
+def cuda_driver_present() -> bool: ...
+def cuda_devices(nvrtc: str | None = None) -> tuple[int, list[CudaDevice]]: ...
+def cuda_warmup(place: _Place, nvrtc: str | None = None) -> str: ...
+def cuda_most_rows(format: str, columns: int, dtype: str, place: _Place) -> int: ...
+def codebook_tables(format: str) -> tuple[list[float], list[float], bytes]: ...
+def cuda_quantize(
+    x: _Memory,
+    weight: _Weight,
+    tables: _Tables | None,
+    scratch: _Memory | None,
+    first: _Memory | None,
+    zero: bool,
+    place: _Place,
+) -> None: ...
+def refuse_nonfinite(index: int, value: float) -> None: ...
+def cuda_int8_rows(
+    x: _Memory,
+    flags: _Memory | None,
+    codes: _Memory,
+    absmax: _Memory,
+    rows: int,
+    place: _Place,
+) -> None: ...
+def cuda_int8_outliers(
+    outliers: tuple[_Memory, _Memory, _Memory], flags: _Memory, threshold: float, place: _Place
+) -> None: ...
+def cuda_int8_linear(
+    integers: _Memory,
+    x_absmax: _Memory,
+    weight: _Weight,
+    outliers: tuple[_Memory, _Memory, _Memory] | None,
+    bias: _Memory | None,
+    out: _Memory,
+    place: _Place,
+) -> None: ...
+
+@final
+class CudaWeight:
+    def __new__(cls, weight: _Weight, tables: _Tables | None = None) -> CudaWeight: ...
+    def is_at(self, packed: int, absmax: int, nested: tuple[int, int] | None = None) -> bool: ...
+    def dequantize(self, out: _Memory, first: int, place: _Place) -> None: ...
+    def linear(self, x: _Memory, bias: _Memory | None, out: _Memory, place: _Place) -> None: ...
 
 @final
 class Rules:

@@ -6,7 +6,6 @@ not tell is None. Only `torch_facts` imports torch.
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
 import platform
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nybble import _core
-from nybble.errors import Error
+from nybble.errors import DeviceError, Error
 
 #: What nybble works with, by name of distribution; those that are not installed have no version.
 PARTNERS = ("torch", "numpy", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes")
@@ -97,16 +96,33 @@ class Torch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cuda:
-    """The CUDA driver.
+class Gpu:
+    """A CUDA device.
 
     Attributes:
-        driver: Newest CUDA version that it supports, like `13.0`; None without a driver.
+        name: As the driver gives it.
+        capability: Compute capability, like `9.0`.
+        kernels: Which compiled kernels it gets.
+    """
+
+    name: str
+    capability: str
+    kernels: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cuda:
+    """The CUDA driver and its devices.
+
+    Attributes:
+        driver: Newest CUDA version that it supports, like `13.0`; None if it cannot be used.
         devices: GPUs that this process may use.
+        problem: Why a driver that is there cannot be used, or None.
     """
 
     driver: str | None
-    devices: int
+    devices: list[Gpu]
+    problem: str | None
 
 
 def versions() -> dict[str, str | None]:
@@ -177,23 +193,29 @@ def torch_facts() -> Torch:
 
 
 def cuda() -> Cuda:
-    """Ask the driver's own library, which does not need torch."""
-    none = Cuda(driver=None, devices=0)
-    library = {"win32": "nvcuda.dll", "linux": "libcuda.so.1"}.get(sys.platform)
-    if library is None:
-        return none
+    """Ask the driver. No device is used: nothing is loaded."""
+    if not _core.cuda_driver_present():
+        return Cuda(driver=None, devices=[], problem=None)
     try:
-        driver = ctypes.CDLL(library)
-    except OSError:
-        return none
-    version, devices = ctypes.c_int(0), ctypes.c_int(0)
-    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
-        return none
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(devices)) != 0:
-        devices = ctypes.c_int(0)
+        from nybble.cuda.place import nvrtc_library
+
+        nvrtc = nvrtc_library()
+    except (ImportError, OSError, RuntimeError):  # what torch raises that cannot be imported
+        nvrtc = None
+    try:
+        version, found = _core.cuda_devices(nvrtc)
+    except DeviceError as error:
+        return Cuda(driver=None, devices=[], problem=str(error))
+    devices = [
+        Gpu(
+            name=device["name"],
+            capability="{}.{}".format(*device["capability"]),
+            kernels=device["kernels"],
+        )
+        for device in found
+    ]
     # The driver writes 13.2 as 13020.
-    major, minor = divmod(version.value, 1000)
-    return Cuda(driver=f"{major}.{minor // 10}", devices=devices.value)
+    return Cuda(driver=f"{version // 1000}.{version % 1000 // 10}", devices=devices, problem=None)
 
 
 def _processor_name() -> str | None:

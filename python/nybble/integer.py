@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nybble import _core, ops, products, reference
 from nybble._memory import memory, optional_memory
+from nybble.cuda import products as cuda
 from nybble.errors import FormatError
 
 Compute = Literal["int8"]
@@ -115,6 +116,27 @@ def definition(
 torch.library.impl("nybble::integer_linear", "CompositeExplicitAutograd")(definition)
 
 
+def _integer_linear_cuda(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+) -> Tensor:
+    if reference.is_row_wise(format):
+        return cuda.int8_linear(x, packed, absmax, bias, 0.0)
+    parts = (packed, absmax, nested_absmax, nested_offset)
+    return definition(x, *parts, bias, format, blocksize, shape)
+
+
+if ops.HAS_CUDA:
+    torch.library.impl("nybble::integer_linear", "cuda")(_integer_linear_cuda)
+
+
 @torch.library.register_fake("nybble::integer_linear")
 def _integer_linear_fake(
     x: Tensor,
@@ -169,4 +191,5 @@ def linear(
     if products.others_have_a_say(x, packed, bias):
         result: Tensor = integer_linear(x, *arguments)
         return result
-    return _integer_linear_cpu(x, *arguments)
+    straight = _integer_linear_cpu if x.is_cpu else _integer_linear_cuda
+    return straight(x, *arguments)

@@ -1,7 +1,8 @@
 """The torch ops `torch.ops.nybble.*`: schema, shapes for tracing, CPU kernels, gradients.
 
 Everything that the layers do goes through these, so that `torch.compile` sees one node with a
-known shape. Devices other than the CPU run the definition in `reference.py`.
+known shape. `nybble.cuda` registers kernels for CUDA devices; others run the definition in
+`reference.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch import Tensor
 from nybble import _core, reference
 from nybble._memory import Memory, memory, optional_memory
 from nybble.errors import DeviceError, DtypeError, FormatError
+
+# Whether torch's "cuda" means CUDA. With ROCm it does not, and the ops stay plain torch code.
+HAS_CUDA = torch.version.hip is None
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset"
 _HOW = "str format, int blocksize, SymInt[] shape"
@@ -115,13 +119,15 @@ def _quantize_cpu(
     return out
 
 
-@torch.library.impl("nybble::quantize", "CompositeExplicitAutograd")
-def _quantize_elsewhere(
+def quantize_on_cpu(
     x: Tensor, format: str, blocksize: int, nested: bool, reference: str, nonfinite: str
 ) -> tuple[Tensor, ...]:
     """Devices without kernels: quantized on the CPU, which defines the bytes, and moved back."""
     out = torch.ops.nybble.quantize(x.cpu(), format, blocksize, nested, reference, nonfinite)
     return tuple(part.to(x.device) for part in out)
+
+
+torch.library.impl("nybble::quantize", "CompositeExplicitAutograd")(quantize_on_cpu)
 
 
 @torch.library.register_fake("nybble::quantize")
@@ -293,8 +299,7 @@ def is_plain(x: Tensor, packed: Tensor) -> bool:
     """Whether no subclass, mode or transform of torch wants to see what is done with these."""
     return (
         type(x) is Tensor
-        and x.is_cpu
-        and packed.is_cpu
+        and ((x.is_cpu and packed.is_cpu) or (HAS_CUDA and x.is_cuda and packed.is_cuda))
         and _modes() == 0
         and _transforms() is None
         and _forward._current_level < 0

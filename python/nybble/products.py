@@ -1,7 +1,8 @@
 """Products with a quantized weight: `torch.ops.nybble.linear` and its gradient.
 
-On a CPU the kernels decode the weight on the way; it never exists as a whole. Other devices, and
-activations in types without kernels, use the definition in `reference.py`.
+On a CPU the kernels decode the weight on the way; it never exists as a whole. `cuda/products.py` is
+for CUDA devices. Other devices, and activations in types without kernels, use the definition in
+`reference.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from nybble import _core, ops, reference
 from nybble._memory import memory, optional_memory
+from nybble.cuda import place
+from nybble.cuda import products as cuda
 
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -126,7 +129,11 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if grad.dtype not in _FLOATS or others_have_a_say(grad, weight[0], None):
             grad_x = torch.ops.nybble.linear_backward(grad, *weight)
         else:
-            grad_x = _gradient(ctx.memo.get(*weight), grad, ctx.how[2][1])
+            prepared = ctx.memo.get(*weight)
+            if isinstance(prepared, _core.Prepared):
+                grad_x = _gradient(prepared, grad, ctx.how[2][1])
+            else:
+                grad_x = cuda.gradient(prepared, grad, weight[0], *ctx.how)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
     return grad_x, None, None, None, None, grad_bias, None, None, None
@@ -179,7 +186,7 @@ class Memo:
     __slots__ = ("_prepared",)
 
     def __init__(self) -> None:
-        self._prepared: _core.Prepared | None = None
+        self._prepared: _core.Prepared | _core.CudaWeight | None = None
 
     def get(
         self,
@@ -190,22 +197,37 @@ class Memo:
         format: str,
         blocksize: int,
         shape: Sequence[int],
-    ) -> _core.Prepared:
-        """The description of a weight in host memory."""
+    ) -> _core.Prepared | _core.CudaWeight:
+        """The description of a weight in host memory, or that of a CUDA device."""
         nested = None
         if nested_absmax is not None and nested_offset is not None:
             nested = (nested_absmax.data_ptr(), nested_offset.data_ptr())
         prepared = self._prepared
         if prepared is None or not prepared.is_at(packed.data_ptr(), absmax.data_ptr(), nested):
-            weight = ops.weight(
-                packed, absmax, nested_absmax, nested_offset, format, blocksize, shape
+            parts = (packed, absmax, nested_absmax, nested_offset)
+            prepared = self._prepared = (
+                _core.Prepared(ops.weight(*parts, format, blocksize, shape))
+                if packed.is_cpu
+                else place.weight(*parts, format, blocksize, shape)
             )
-            prepared = self._prepared = _core.Prepared(weight)
         return prepared
 
     def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
         """A copy starts empty: addresses mean nothing elsewhere."""
         return Memo, ()
+
+
+def _multiply(
+    prepared: _core.Prepared | _core.CudaWeight,
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    how: tuple[str, int, Sequence[int]],
+) -> Tensor:
+    """The product on the device that the description is for."""
+    if isinstance(prepared, _core.Prepared):
+        return _product(prepared, x, bias, how[2][0])
+    return cuda.product(prepared, x, packed, bias, *how)
 
 
 class _Followed(torch.autograd.Function):
@@ -230,7 +252,7 @@ class _Followed(torch.autograd.Function):
         ctx.how, ctx.memo = how, memo
         ctx.bias_dtype = None if bias is None else bias.dtype
         prepared = memo.get(packed, absmax, nested_absmax, nested_offset, *how)
-        return _product(prepared, x, bias, how[2][0])
+        return _multiply(prepared, x, packed, bias, how)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -250,23 +272,24 @@ def linear(
     shape: Sequence[int],
     memo: Memo | None = None,
 ) -> Tensor:
-    """`torch.ops.nybble.linear`; calls the CPU kernel itself where nothing else has a say.
+    """`torch.ops.nybble.linear`; calls the kernel itself where nothing else has a say.
 
     For a small layer and one row, torch's way to a kernel in Python takes longer than the kernel.
     `memo` spares describing the weight again.
     """
     parts = (packed, absmax, nested_absmax, nested_offset)
     result: Tensor
+    how = (format, blocksize, shape)
     followed = _is_followed(x, bias)
     if _is_seen(x, packed) or (followed and x.dtype not in _FLOATS):
-        result = torch.ops.nybble.linear(x, *parts, bias, format, blocksize, shape)
+        result = torch.ops.nybble.linear(x, *parts, bias, *how)
     elif x.dtype not in _FLOATS:
-        result = _linear_cpu(x, *parts, bias, format, blocksize, shape)
+        result = (_linear_cpu if x.is_cpu else cuda.linear)(x, *parts, bias, *how)
     else:
         ops.check_product(x, shape)
         memo = memo or Memo()
         if followed:
-            result = _Followed.apply(x, *parts, bias, (format, blocksize, shape), memo)
+            result = _Followed.apply(x, *parts, bias, how, memo)
         else:
-            result = _product(memo.get(*parts, format, blocksize, shape), x, bias, shape[0])
+            result = _multiply(memo.get(*parts, *how), x, packed, bias, how)
     return result

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from nybble import ops, reference, state
+from nybble.cuda import place
 from nybble.errors import DtypeError, FormatError
 from nybble.products import Memo
 
@@ -117,11 +118,12 @@ class QTensor:
         return out.cpu().numpy() if as_numpy else out
 
     def to(self, device: torch.device | str | int) -> QTensor:
-        """The same bits on another device."""
+        """The same bits on another device, whose kernels are loaded if it is a CUDA device."""
         moved = [None if part is None else part.to(device) for part in self.parts]
         packed, absmax, nested_absmax, nested_offset = moved
         assert packed is not None
         assert absmax is not None
+        place.follow(packed)
         return replace(
             self,
             packed=packed,

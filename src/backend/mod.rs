@@ -1,3 +1,4 @@
-//! Where the work is done. Today: the CPU.
+//! Where the work is done: the CPU, and CUDA devices.
 
 pub mod cpu;
+pub mod cuda;

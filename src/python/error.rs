@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 use crate::error::Error;
 
 pyo3::import_exception!(nybble.errors, CheckpointError);
+pyo3::import_exception!(nybble.errors, DeviceError);
 pyo3::import_exception!(nybble.errors, DtypeError);
 pyo3::import_exception!(nybble.errors, FormatError);
 pyo3::import_exception!(nybble.errors, OutOfMemoryError);
@@ -42,6 +43,7 @@ fn to_exception(error: &Error, message: String) -> PyErr {
             None => PyOSError::new_err(message),
         },
         Error::Memory { .. } => OutOfMemoryError::new_err(message),
+        Error::Device(_) => DeviceError::new_err(message),
         Error::Interrupted => PyKeyboardInterrupt::new_err(message),
         Error::InTensor { source, .. } => to_exception(source, message),
     }

@@ -1,12 +1,14 @@
 //! Memory that Python owns: (address, number of elements, dtype) becomes a checked slice.
 //!
 //! Torch and numpy allocate; Rust reads and fills. The package's own modules (`_memory.py`) are
-//! the only callers: they keep the tensor alive during the call and pass contiguous CPU memory.
+//! the only callers: they keep the tensor alive during the call and pass contiguous memory of the
+//! CPU, or of the CUDA device that they name.
 //! Here dtype, null and alignment are checked again; that the address is valid cannot be.
 
 use bytemuck::Pod;
 use pyo3::prelude::*;
 
+use crate::backend::cuda::DeviceSlice;
 use crate::error::{Error, Result};
 
 /// Contiguous memory of a torch tensor or numpy array.
@@ -24,15 +26,17 @@ enum Kind {
     BF16,
     U8,
     I8,
+    I32,
     I64,
 }
 
-const KINDS: [(&str, Kind); 6] = [
+const KINDS: [(&str, Kind); 7] = [
     ("float32", Kind::F32),
     ("float16", Kind::F16),
     ("bfloat16", Kind::BF16),
     ("uint8", Kind::U8),
     ("int8", Kind::I8),
+    ("int32", Kind::I32),
     ("int64", Kind::I64),
 ];
 
@@ -47,7 +51,7 @@ macro_rules! stored {
 }
 stored!(
     f32 => "float32", half::f16 => "float16", half::bf16 => "bfloat16",
-    u8 => "uint8", i8 => "int8", i64 => "int64"
+    u8 => "uint8", i8 => "int8", i32 => "int32", i64 => "int64"
 );
 
 impl<'py> FromPyObject<'_, 'py> for Memory {
@@ -58,7 +62,7 @@ impl<'py> FromPyObject<'_, 'py> for Memory {
         let kind = KINDS.iter().find(|(name, _)| *name == dtype).ok_or_else(|| Error::Dtype {
             what: "a tensor",
             got: dtype.to_owned(),
-            allowed: "float32, float16, bfloat16, uint8, int8, int64",
+            allowed: "float32, float16, bfloat16, uint8, int8, int32, int64",
         })?;
         Ok(Self { address, elements, kind: kind.1 })
     }
@@ -100,7 +104,7 @@ impl Memory {
     /// Bytes to fill, whatever the element type.
     pub fn bytes_mut<'a>(self) -> Result<&'a mut [u8]> {
         let size = match self.kind {
-            Kind::F32 => 4,
+            Kind::F32 | Kind::I32 => 4,
             Kind::F16 | Kind::BF16 => 2,
             Kind::U8 | Kind::I8 => 1,
             Kind::I64 => 8,
@@ -112,14 +116,30 @@ impl Memory {
         Self { elements, kind: Kind::U8, ..self }.slice_mut()
     }
 
-    fn pointer<T: Stored>(self) -> Result<*mut T> {
-        if self.dtype() != T::NAME {
-            return Err(Error::Dtype {
-                what: "this argument",
-                got: self.dtype().to_owned(),
-                allowed: T::NAME,
-            });
+    /// Memory of a CUDA device, as elements.
+    pub fn on_device<T: Stored>(self) -> Result<DeviceSlice<T>> {
+        self.check_dtype::<T>()?;
+        // SAFETY: the package's own module (`cuda.py`) passes tensors of the device whose stream
+        // it passes, and torch keeps memory from other uses until that stream has come so far.
+        Ok(unsafe { DeviceSlice::from_raw(self.address as u64, self.elements) })
+    }
+
+    /// Memory of a CUDA device with codes of one byte, signed or not.
+    pub fn codes_on_device(self) -> Result<DeviceSlice<u8>> {
+        let kind = if self.kind == Kind::I8 { Kind::U8 } else { self.kind };
+        Self { kind, ..self }.on_device()
+    }
+
+    fn check_dtype<T: Stored>(self) -> Result<()> {
+        if self.dtype() == T::NAME {
+            return Ok(());
         }
+        let got = self.dtype().to_owned();
+        Err(Error::Dtype { what: "this argument", got, allowed: T::NAME })
+    }
+
+    fn pointer<T: Stored>(self) -> Result<*mut T> {
+        self.check_dtype::<T>()?;
         let pointer = std::ptr::with_exposed_provenance_mut::<T>(self.address);
         if self.elements > 0 && (pointer.is_null() || !pointer.is_aligned()) {
             return Err(Error::Argument {

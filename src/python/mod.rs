@@ -6,6 +6,7 @@
 
 mod checkpoint;
 mod convert;
+mod cuda;
 mod error;
 mod integer;
 mod memory;
@@ -22,6 +23,12 @@ mod _core {
     use super::checkpoint::Checkpoint;
     #[pymodule_export]
     use super::convert::{Rules, dequantize_checkpoint, quantization_config, quantize_checkpoint};
+    #[pymodule_export]
+    use super::cuda::{
+        CudaWeight, codebook_tables, cuda_available, cuda_devices, cuda_driver_present,
+        cuda_int8_linear, cuda_int8_outliers, cuda_int8_rows, cuda_most_rows, cuda_quantize,
+        cuda_warmup, refuse_nonfinite,
+    };
     #[pymodule_export]
     use super::integer::{int8_linear, integer_linear, integers};
     #[pymodule_export]

@@ -5,6 +5,7 @@ use pyo3::types::PyDict;
 
 use super::memory::Memory;
 use crate::backend::cpu::{Cpu, Isa, Quantizer, features, fresh, threads};
+use crate::backend::cuda::tensor::{DeviceScales, DeviceTensor, Tables};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::format::{Decode, Format, Scale};
@@ -89,6 +90,26 @@ impl Weight {
         self.1.last().copied().unwrap_or(1)
     }
 
+    /// The tensor in the memory of a CUDA device, with all lengths checked.
+    pub fn on_device(&self, tables: Option<Tables>) -> Result<DeviceTensor> {
+        let Weight(format, shape, blocksize, packed, absmax, nested_absmax, nested_offset) = self;
+        let format = Format::parse_quantized(format)?;
+        let layout = Layout::new(format, shape, Some(*blocksize), nested_absmax.is_some())?;
+        let scales = match (nested_absmax, nested_offset) {
+            (Some(nested_absmax), Some(offset)) => DeviceScales::Nested {
+                codes: absmax.on_device()?,
+                absmax: nested_absmax.on_device()?,
+                offset: offset.on_device()?,
+            },
+            (None, None) if format.spec().scale == Scale::E8M0 => {
+                DeviceScales::E8M0(absmax.on_device()?)
+            }
+            (None, None) => DeviceScales::Plain(absmax.on_device()?),
+            _ => return Err(half_nested()),
+        };
+        DeviceTensor::new(layout, packed.codes_on_device()?, scales, tables)
+    }
+
     /// The tensor, with all lengths checked.
     pub fn checked(&self) -> Result<QTensor<'static>> {
         let Weight(format, shape, blocksize, packed, absmax, nested_absmax, nested_offset) = self;
@@ -103,19 +124,21 @@ impl Weight {
             },
             (None, None) if format.spec().scale == Scale::E8M0 => Scales::E8M0(absmax.slice()?),
             (None, None) => Scales::Plain(absmax.slice()?),
-            _ => {
-                return Err(Error::Argument {
-                    what: "nested scales",
-                    got: "only one of nested_absmax and nested_offset".to_owned(),
-                    expected: "pass both or neither".to_owned(),
-                });
-            }
+            _ => return Err(half_nested()),
         };
         let packed = match format.spec().decode {
             Decode::Int8 => bytemuck::cast_slice(packed.slice::<i8>()?),
             _ => packed.slice()?,
         };
         QTensor::new(layout, packed, scales)
+    }
+}
+
+fn half_nested() -> Error {
+    Error::Argument {
+        what: "nested scales",
+        got: "only one of nested_absmax and nested_offset".to_owned(),
+        expected: "pass both or neither".to_owned(),
     }
 }
 

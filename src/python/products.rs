@@ -85,7 +85,7 @@ impl Weight {
     }
 
     /// Rows and columns.
-    fn matrix(&self) -> Result<[usize; 2]> {
+    pub(super) fn matrix(&self) -> Result<[usize; 2]> {
         <[usize; 2]>::try_from(self.shape()).map_err(|_| Error::Argument {
             what: "shape of the weight of a product",
             got: format!("{:?}", self.shape()),

@@ -82,8 +82,11 @@ def hints(facts: Facts) -> Iterator[str]:
         yield f"torch uses {facts.torch.threads} threads, nybble {threads.used}"
     if memory.huge_pages == "never":
         yield "transparent huge pages are off: large new tensors take longer to make"
-    if facts.cuda.devices:
-        yield "nybble has kernels for CPUs only; on a GPU its ops run as plain torch code"
+    if facts.cuda.problem is not None:
+        yield facts.cuda.problem
+    for device in facts.cuda.devices:
+        if device.kernels.startswith("none"):
+            yield f"{device.name} has no kernels: {device.kernels}"
 
 
 def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
@@ -110,6 +113,9 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
         native = " ".join(["float32", *facts.torch.native])
         yield "torch on CPU", f"{facts.torch.threads} threads, multiplies natively: {native}"
     if facts.cuda.driver is None:
-        yield "CUDA", "no driver"
+        yield "CUDA", "no driver" if facts.cuda.problem is None else "a driver that cannot be used"
     else:
-        yield "CUDA", f"driver for {facts.cuda.driver}, {facts.cuda.devices} devices"
+        count = len(facts.cuda.devices)
+        yield "CUDA", f"driver for {facts.cuda.driver}, {count} device{'s' if count != 1 else ''}"
+    for device in facts.cuda.devices:
+        yield "GPU", f"{device.name} ({device.capability}), kernels: {device.kernels}"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nybble import _core, reference, state
+from nybble.cuda import place
 from nybble.errors import CheckpointError, DeviceError, FormatError
 from nybble.functional import quantize
 from nybble.products import Memo
@@ -138,9 +139,11 @@ class QuantizedModule(nn.Module):
 
         held = {id(tensor) for tensor in self._held("").values()}
         # Parameters are handed to `fn` as themselves, so identity tells ours from the bias.
-        return super()._apply(  # type: ignore[no-untyped-call]
+        applied = super()._apply(  # type: ignore[no-untyped-call]
             lambda tensor: without_cast(tensor) if id(tensor) in held else fn(tensor), recurse
         )
+        place.follow(self.weight)
+        return applied
 
     def _held(self, prefix: str) -> dict[str, torch.Tensor]:
         """The tensors of the quantized weight by their names in this module."""

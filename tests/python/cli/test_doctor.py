@@ -102,8 +102,11 @@ FACTS = Facts(
     threads=_machine.Threads(used=4, source="machine", cores=4),
     memory=_machine.Memory(total=1 << 34, available=1 << 33, limit=None, huge_pages="madvise"),
     torch=_machine.Torch(threads=4, native=[], problem=None),
-    cuda=_machine.Cuda(driver=None, devices=0),
+    cuda=_machine.Cuda(driver=None, devices=[], problem=None),
 )
+
+
+GPU = _machine.Gpu(name="Some GPU", capability="13.0", kernels="none: and no compiler")
 
 
 def test_nothing_is_said_where_nothing_is_off() -> None:
@@ -120,7 +123,8 @@ def test_nothing_is_said_where_nothing_is_off() -> None:
         ("threads", {"used": 9, "source": "NYBBLE_NUM_THREADS"}, "lower NYBBLE_NUM_THREADS"),
         ("torch", {"threads": 1}, "torch uses 1 threads"),
         ("memory", {"huge_pages": "never"}, "huge pages are off"),
-        ("cuda", {"driver": "13.0", "devices": 1}, "CPUs only"),
+        ("cuda", {"problem": "the CUDA driver is too old"}, "too old"),
+        ("cuda", {"devices": [GPU]}, "Some GPU has no kernels"),
     ],
 )
 def test_what_is_off_has_a_hint(part: str, change: dict[str, Any], says: str) -> None:

@@ -1,0 +1,12 @@
+// Every kernel, one translation unit: a GPU loads one module.
+#include "dequantize4.cuh"
+#include "quantize4.cuh"
+
+#include "blockwise8.cuh"
+#include "mean.cuh"
+
+#include "linear4_gemv.cuh"
+#include "linear4_small.cuh"
+
+#include "int8_linear.cuh"
+#include "int8_rows.cuh"

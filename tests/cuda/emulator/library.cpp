@@ -1,0 +1,48 @@
+// All kernels as one shared library for the host, for tests and for the fake driver.
+#include <algorithm>
+#include <cstdint>
+
+#include "emulator.h"
+
+#include "nybble.cu"
+
+#ifdef NYBBLE_EMULATOR_BROKEN
+#include "broken.cuh"
+#endif
+
+extern "C" {
+
+// 1 if there is such a kernel.
+int nybble_emulated(const char *name) { return int(emulator::kernels().count(name)); }
+
+// How many kernels there are.
+unsigned nybble_emulated_kernels() { return unsigned(emulator::kernels().size()); }
+
+// Threads run in order for 0, in one shuffled order after another for other numbers.
+void nybble_emulate_order(unsigned seed) { emulator::order_seed = seed; }
+
+// Bytes of each struct of params.h, to compare with what a caller thinks it is; 0 for an unknown.
+unsigned nybble_sizeof(const char *name) {
+    const std::map<std::string, unsigned> sizes = {
+#define SIZE(name) {#name, sizeof(name)}
+        SIZE(Scales), SIZE(Dequantize4), SIZE(Encoder4), SIZE(NonFinite), SIZE(Quantize4),
+        SIZE(Dequantize8), SIZE(Quantize8), SIZE(Mean), SIZE(Linear4), SIZE(Outliers), SIZE(Int8Flags),
+        SIZE(Int8Outliers), SIZE(Int8Rows), SIZE(Int8Dequantize), SIZE(Int8Linear),
+#undef SIZE
+    };
+    const auto found = sizes.find(name);
+    return found == sizes.end() ? 0 : found->second;
+}
+
+// Runs a kernel. 1: no kernel has this name; 2: the block is not what the kernel is made for.
+int nybble_emulate(const char *name, const unsigned grid[3], const unsigned block[3], unsigned shared_bytes,
+                   const void *params) {
+    const auto found = emulator::kernels().find(name);
+    if (found == emulator::kernels().end()) return 1;
+    const emulator::Index threads{block[0], block[1], block[2]};
+    if (threads.size() != found->second.threads || shared_bytes != 0) return 2;
+    emulator::launch(found->first.c_str(), found->second.run, {grid[0], grid[1], grid[2]}, threads, params);
+    return 0;
+}
+
+}

@@ -1,0 +1,166 @@
+"""What NVRTC makes of the kernels, for every GPU: names, registers, instructions, sizes.
+
+No GPU and no driver: cubins are read, not run. Budgets are those of the plan for the H100: the
+product with few tokens is bound by instructions above four a weight.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import build_kernels
+import pytest
+import sass
+from build_kernels import BuildError, Image, Nvrtc
+from params import Emulator
+
+TENSOR_CORES_OF_BF16 = 80
+SMALL = "linear4_small"
+# Of 65,536 registers, for two thread blocks of 256 threads; and for one of 1024.
+REGISTERS, REGISTERS_OF_1024 = 128, 64
+THREADS_1024 = ("mean_f32", "int8_outliers")
+# 7.5 has shared memory for one block of these.
+SMALL_REGISTERS_OF_75 = 255
+
+
+@pytest.fixture(scope="session")
+def archive() -> bytes:
+    """The archive of `make kernels`, or one made now; skips without NVRTC."""
+    path = build_kernels.HERE / "kernels.bin"
+    digest = build_kernels.source_hash(build_kernels.sources())
+    if path.exists() and path.read_bytes()[8:40] == digest:
+        return path.read_bytes()
+    try:
+        nvrtc = Nvrtc(build_kernels.find_nvrtc())
+    except BuildError as error:
+        pytest.skip(str(error))
+    return build_kernels.pack(digest, build_kernels.build(nvrtc, build_kernels.sources()))
+
+
+@pytest.fixture(scope="session")
+def images(archive: bytes) -> list[Image]:
+    return build_kernels.unpack(archive)[1]
+
+
+@pytest.fixture(scope="session")
+def kernels(
+    images: list[Image], tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, dict[str, sass.Kernel]]:
+    """Disassembled kernels by architecture and name."""
+    if sass.nvdisasm() is None:
+        pytest.skip("no nvdisasm (package nvidia-cuda-nvdisasm)")
+    folder = tmp_path_factory.mktemp("sass")
+    return {
+        image.arch: {kernel.name: kernel for kernel in sass.disassemble(image.data, folder)}
+        for image in images
+        if image.kind == 0
+    }
+
+
+def test_the_archive_is_small_and_comes_back(archive: bytes, images: list[Image]) -> None:
+    assert len(archive) <= build_kernels.LARGEST
+    targets = [image.target for image in images]
+    assert targets == [f"sm_{arch}" for arch in build_kernels.CUBINS] + [
+        f"compute_{arch}" for arch in build_kernels.PTX
+    ]
+    assert build_kernels.pack(archive[8:40], images) == archive
+
+
+@pytest.mark.parametrize("cut", [0, 20, 47, 60, 2000])
+def test_an_archive_that_is_cut_off_is_refused(archive: bytes, cut: int) -> None:
+    with pytest.raises(BuildError):
+        build_kernels.unpack(archive[:cut])
+
+
+def test_the_hash_covers_names_and_contents() -> None:
+    files = build_kernels.sources()
+    names = list(files)
+    assert names == sorted(names)
+    assert {"nybble.cu", "params.h", "device.cuh"} <= set(names)
+    renamed = {f"{name}x": content for name, content in files.items()}
+    changed = {**files, names[0]: files[names[0]] + b" "}
+    digests = {build_kernels.source_hash(each) for each in (files, renamed, changed)}
+    assert len(digests) == 3
+
+
+def test_errors_in_the_sources_are_the_compilers_words() -> None:
+    try:
+        nvrtc = Nvrtc(build_kernels.find_nvrtc())
+    except BuildError as error:
+        pytest.skip(str(error))
+    with pytest.raises(BuildError, match=r"nybble\.cu\(1\): error"):
+        nvrtc.compile({"nybble.cu": b"int f( {}"}, 0, 80)
+
+
+def test_no_nvrtc_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="install torch with CUDA"):
+        build_kernels.find_nvrtc([str(tmp_path)])
+
+
+def test_ptx_is_text_for_the_oldest_gpu_that_has_everything(images: list[Image]) -> None:
+    (ptx,) = [image for image in images if image.kind == 1]
+    assert b"\0" not in ptx.data
+    assert b".target sm_80" in ptx.data
+
+
+def test_every_gpu_has_the_kernels_that_the_emulator_has(
+    kernels: dict[int, dict[str, sass.Kernel]], loaded: Emulator
+) -> None:
+    newest = set(kernels[max(kernels)])
+    assert newest
+    assert all(loaded.knows(name) for name in newest)
+    assert len(newest) == loaded.count()
+    for arch, found in kernels.items():
+        missing = newest - set(found)
+        if arch >= TENSOR_CORES_OF_BF16:
+            assert not missing, arch
+        else:
+            assert missing == {f"{SMALL}{tokens}_bf16" for tokens in (8, 16, 32)}
+
+
+def test_nothing_spills_and_registers_are_within_budget(
+    kernels: dict[int, dict[str, sass.Kernel]],
+) -> None:
+    for arch, found in kernels.items():
+        for name, kernel in found.items():
+            budget = REGISTERS_OF_1024 if name in THREADS_1024 else REGISTERS
+            if arch < TENSOR_CORES_OF_BF16 and name.startswith(SMALL):
+                budget = SMALL_REGISTERS_OF_75
+            assert kernel.count("STL", "LDL") == 0, f"{name} spills on sm_{arch}"
+            assert 0 < kernel.registers <= budget, f"{name} on sm_{arch}: {kernel.registers}"
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_a_product_with_few_tokens_takes_four_instructions_a_weight(
+    kernels: dict[int, dict[str, sass.Kernel]], arch: int, dtype: str
+) -> None:
+    loops = sass.innermost(kernels[arch][f"{SMALL}8_{dtype}"], "HMMA")
+    # Plain and nested scales with blocks of at least 64, three kinds of scales with blocks of 32.
+    assert len(loops) == 5
+    whole = [loop for loop in loops if loop.count("LDG.E.NA.64")]
+    assert sorted(bool(loop.count("LDG.E.U8")) for loop in whole) == [False, True]
+    for loop in loops:
+        assert loop.count("LDG.E.128"), sass.summary(loop)
+        # A lane's 32 weights take four products.
+        cost = len(loop.instructions) / (8 * loop.count("HMMA"))
+        assert cost <= (4.0 if loop in whole else 5.5), sass.summary(loop)
+
+
+def test_what_must_be_exact_has_no_fused_steps(
+    kernels: dict[int, dict[str, sass.Kernel]],
+) -> None:
+    for arch, found in kernels.items():
+        for name, kernel in found.items():
+            if name.startswith(("dequantize4", "dequantize8", "int8_dequantize")):
+                assert kernel.count("FFMA") == 0, f"{name} on sm_{arch}"
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_memory_is_read_and_written_in_wide_pieces(
+    kernels: dict[int, dict[str, sass.Kernel]], dtype: str
+) -> None:
+    for found in kernels.values():
+        assert found[f"dequantize4_{dtype}"].count("STG.E.128")
+        assert found[f"quantize4_{dtype}"].count("LDG.E.NA.128", "LDG.E.128")
+        assert found[f"linear4_gemv_{dtype}"].count("LDG.E.128")
