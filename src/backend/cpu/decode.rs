@@ -38,10 +38,12 @@ impl Cpu {
         // Up to the first block border, then runs of whole blocks.
         let head = (first.next_multiple_of(block) - first).min(out.len());
         let (head, body) = out.split_at_mut(head);
-        decode_inside_block(q, first, head);
+        let kernels = Kernels::<T>::of(self.isa);
+        if !head.is_empty() {
+            decode_inside_block(&kernels, q, first, head);
+        }
         let first = first + head.len();
         let run = (RUN / block).max(1) * block;
-        let kernels = Kernels::<T>::of(self.isa);
         let elements = body.len();
         let runs = body.chunks_mut(run).enumerate();
         share_items(self.threads_for(elements), runs, |(i, out)| {
@@ -130,28 +132,29 @@ fn decode_blocks<T: Lanes>(
     }
 }
 
-/// Decodes a few elements that lie inside one block, one at a time.
-fn decode_inside_block<T: Lanes>(q: &QTensor<'_>, first: usize, out: &mut [T]) {
+/// Decodes elements that lie inside one block.
+fn decode_inside_block<T: Lanes>(
+    kernels: &Kernels<T>,
+    q: &QTensor<'_>,
+    first: usize,
+    out: &mut [T],
+) {
     let layout = q.layout();
+    let block = layout.blocksize.max(1);
     let mut scale = [0.0];
-    q.scales().decode(first / layout.blocksize.max(1), &mut scale);
-    for (i, out) in (first..).zip(out) {
-        match layout.format.spec().decode {
-            Decode::Codebook4(book) => {
-                let code = q.packed()[i / 2] >> if i.is_multiple_of(2) { 4 } else { 0 };
-                *out = T::from_f32(book.values[usize::from(code & 15)] * scale[0]);
+    q.scales().decode(first / block, &mut scale);
+    let decode = layout.format.spec().decode;
+    let (codes, out) = match decode {
+        Decode::Codebook4(book) => {
+            // The second of a pair is no beginning for a kernel.
+            let (alone, out) = out.split_at_mut((first % 2).min(out.len()));
+            for out in alone {
+                let code = q.packed()[first / 2] & 15;
+                *out = T::from_f32(book.values[usize::from(code)] * scale[0]);
             }
-            Decode::Codebook8(book) => {
-                *out = T::from_f32(book.values[usize::from(q.packed()[i])] * scale[0]);
-            }
-            Decode::Int8 => {
-                rowwise::dequantize_row(
-                    &[q.packed()[i] as i8],
-                    scale[0],
-                    std::slice::from_mut(out),
-                );
-            }
-            Decode::Dense(_) => {}
+            (&q.packed()[first.div_ceil(2)..], out)
         }
-    }
+        _ => (&q.packed()[first..], out),
+    };
+    decode_blocks(kernels, decode, block, codes, &scale, out);
 }

@@ -12,6 +12,12 @@ use crate::backend::cpu::aligned::Aligned;
 /// Elements of a row of the weight in a panel of decoded weights; a multiple of any chunk.
 const WIDTH: usize = 256;
 
+/// Elements of a row that are decoded at a time where they are not codes; a multiple of [`WIDTH`].
+const STRETCH: usize = 2048;
+
+/// Elements from one row of them to the next: a power of two would share few sets of the cache.
+const DENSE_ROW: usize = STRETCH + 32;
+
 /// Elements of a row of the weight in a panel of codes, which take less room.
 const CODED_WIDTH: usize = 1024;
 
@@ -126,7 +132,11 @@ pub fn strip<D: Dot>(
         Source::Dense(decode) => {
             for k in (0..many.columns).step_by(WIDTH) {
                 let width = WIDTH.min(many.columns - k);
-                from_dense(d, *decode, (first, count), (k, width), scratch);
+                if k % STRETCH == 0 {
+                    let width = STRETCH.min(many.columns - k);
+                    decode_dense(d, *decode, (first, count), (k, width), scratch);
+                }
+                from_dense(d, k % STRETCH, width, scratch);
                 let panel = Panel { units: &scratch.panel };
                 let (x, ahead) = (&many.x[k..], Ahead::NOTHING);
                 tiles(d, &panel, x, many.stride, many.m, ahead, &mut scratch.sums);
@@ -237,25 +247,30 @@ fn decode<D: Dot>(d: D, coded: &Coded<'_>, panel: &mut [u32]) {
     }
 }
 
-/// Decodes rows and turns them into the panel.
+/// Decodes a stretch of rows.
 #[inline(always)]
-fn from_dense<D: Dot>(
-    d: D,
+fn decode_dense<D: Dot>(
+    _: D,
     decode: &dyn Fn(usize, usize, &mut [D::X]),
     (first, count): (usize, usize),
     (k, width): (usize, usize),
     scratch: &mut Scratch<D::X>,
 ) {
-    let (rows, per) = (panel_rows::<D>(), CODES / D::STEPS);
     let zero = <D::X as bytemuck::Zeroable>::zeroed();
-    scratch.dense.resize(rows * WIDTH);
+    scratch.dense.resize(panel_rows::<D>() * DENSE_ROW);
     for r in 0..count {
-        let row = &mut scratch.dense[r * WIDTH..(r + 1) * WIDTH];
+        let row = &mut scratch.dense[r * DENSE_ROW..(r + 1) * DENSE_ROW];
         decode(first + r, k, &mut row[..width]);
         // An odd width ends in half a pair.
-        row[width..(width + 1).min(WIDTH)].fill(zero);
+        row[width..=width].fill(zero);
     }
-    let stride = WIDTH / per;
+}
+
+/// Turns a part of the stretch, from element `at` of each row on, into the panel.
+#[inline(always)]
+fn from_dense<D: Dot>(d: D, at: usize, width: usize, scratch: &mut Scratch<D::X>) {
+    let (rows, per) = (panel_rows::<D>(), CODES / D::STEPS);
+    let stride = DENSE_ROW / per;
     let units = width.div_ceil(per);
     scratch.panel.resize(WIDTH / per * rows);
     for half in 0..2 {
@@ -264,7 +279,7 @@ fn from_dense<D: Dot>(
             // vectors.
             unsafe {
                 let from = scratch.dense.as_ptr().cast::<u32>();
-                let from = from.add(half * D::LANES * stride + unit);
+                let from = from.add(half * D::LANES * stride + at / per + unit);
                 let to = scratch.panel.as_mut_ptr().add(unit * rows + half * D::LANES);
                 d.transpose(from, stride, to, rows);
             }
