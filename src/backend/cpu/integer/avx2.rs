@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use super::dot::Dot;
-use crate::backend::cpu::{Lanes, avx2::Avx2};
+use crate::backend::cpu::avx2::Avx2;
 
 /// Evaluates an expression of intrinsics.
 macro_rules! isa {
@@ -19,17 +19,15 @@ macro_rules! isa {
 
 impl Dot for Avx2 {
     type Ints = __m256i;
-    type Floats = __m256;
-    const LANES: usize = 8;
     const TILE: usize = 2;
     const BIAS: u8 = 0;
 
     #[inline(always)]
-    unsafe fn load(self, at: *const u8) -> __m256i {
+    unsafe fn ints(self, at: *const u8) -> __m256i {
         isa!(_mm256_loadu_si256(at.cast()))
     }
     #[inline(always)]
-    unsafe fn store(self, x: __m256i, at: *mut u8) {
+    unsafe fn store_ints(self, x: __m256i, at: *mut u8) {
         isa!(_mm256_storeu_si256(at.cast(), x));
     }
     #[inline(always)]
@@ -37,20 +35,8 @@ impl Dot for Avx2 {
         isa!(_mm256_set1_epi32(at.cast::<i32>().read_unaligned()))
     }
     #[inline(always)]
-    unsafe fn floats(self, at: *const f32) -> __m256 {
-        isa!(_mm256_loadu_ps(at))
-    }
-    #[inline(always)]
-    unsafe fn store_floats(self, x: __m256, at: *mut f32) {
-        isa!(_mm256_storeu_ps(at, x));
-    }
-    #[inline(always)]
-    unsafe fn write<T: Lanes>(self, x: __m256, at: *mut T) {
-        isa!(T::store8(self, x, &mut *at.cast::<[T; 8]>()));
-    }
-    #[inline(always)]
-    unsafe fn spread(self, at: *const f32, count: usize) -> __m256 {
-        isa!(match count {
+    unsafe fn spread<const BLOCKS: usize>(self, at: *const f32) -> __m256 {
+        isa!(match BLOCKS {
             1 => _mm256_set1_ps(*at),
             2 => _mm256_set_m128(_mm_set1_ps(*at.add(1)), _mm_set1_ps(*at)),
             _ => {
@@ -60,32 +46,12 @@ impl Dot for Avx2 {
         })
     }
     #[inline(always)]
-    fn splat(self, x: f32) -> __m256 {
-        isa!(_mm256_set1_ps(x))
-    }
-    #[inline(always)]
     fn splat_int(self, x: i32) -> __m256i {
         isa!(_mm256_set1_epi32(x))
     }
     #[inline(always)]
-    fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
-        isa!(_mm256_fmadd_ps(a, b, c))
-    }
-    #[inline(always)]
-    fn mul(self, a: __m256, b: __m256) -> __m256 {
-        isa!(_mm256_mul_ps(a, b))
-    }
-    #[inline(always)]
     fn to_floats(self, x: __m256i) -> __m256 {
         isa!(_mm256_cvtepi32_ps(x))
-    }
-    #[inline(always)]
-    fn sum(self, x: __m256) -> f32 {
-        isa!({
-            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
-            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-            _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
-        })
     }
     #[inline(always)]
     fn sum_ints(self, x: __m256i) -> i32 {
@@ -123,7 +89,7 @@ impl Dot for Avx2 {
         })
     }
     #[inline(always)]
-    fn transpose(self, r: &mut [__m256i; 16]) {
+    fn exchange(self, r: &mut [__m256i; 16]) {
         isa!({
             let mut t = *r;
             // Within each 128-bit half: four rows by four dwords.
@@ -141,9 +107,5 @@ impl Dot for Avx2 {
                 r[4 + j] = _mm256_permute2x128_si256::<0x31>(t[j], t[4 + j]);
             }
         });
-    }
-    #[inline(always)]
-    fn prefetch(self, at: *const u8) {
-        isa!(_mm_prefetch::<_MM_HINT_T0>(at.cast()));
     }
 }

@@ -1,8 +1,9 @@
 //! The definition spread over threads: for machines without vectors, rows that are not whole
 //! blocks, and rows too long for an i32.
 
-use super::job::{Eight, Four, Out};
+use super::job::{Eight, Four};
 use super::rows::{INVERSE_SQUARE, outlier, scaled};
+use crate::backend::cpu::product::Out;
 use crate::backend::cpu::threads::share;
 use crate::dtype::Element;
 use crate::quant::integer::{MAX_COLUMNS, Row, dot};
@@ -44,7 +45,6 @@ pub fn four<T: Element>(threads: usize, job: &Four<'_>, out: &mut [T]) {
 
 /// Any int8 weight.
 pub fn eight<T: Element>(threads: usize, job: &Eight<'_>, out: &mut [T]) {
-    let outliers = job.outliers.len();
     each_row(threads, job.bias.len(), out, |n, out| {
         let weight = &job.weight[n * job.columns..(n + 1) * job.columns];
         for token in 0..job.x.tokens {
@@ -56,9 +56,9 @@ pub fn eight<T: Element>(threads: usize, job: &Eight<'_>, out: &mut [T]) {
                 let sum: i64 = pieces.map(|(a, b)| i64::from(dot(a, b))).sum();
                 sum as f32 * (scale * job.absmax[n]) * INVERSE_SQUARE
             };
-            let outlying = &job.outlying[token * outliers..(token + 1) * outliers];
+            let outlying = &job.outlying[token * job.apart..(token + 1) * job.apart];
             let apart = job.outliers.iter().zip(outlying);
-            if outliers > 0 {
+            if job.apart > 0 {
                 y += apart.map(|(c, x)| outlier(weight[*c], job.absmax[n]) * x).sum::<f32>();
             }
             out(token, y + job.bias[n]);
@@ -73,12 +73,12 @@ fn each_row<T: Element>(
     out: &mut [T],
     work: impl Fn(usize, &mut dyn FnMut(usize, f32)) + Sync,
 ) {
-    let out = Out::new(out);
+    let out = Out::new(out, rows);
     share(threads, rows.div_ceil(RUN), |part| {
         for n in part * RUN..rows.min((part + 1) * RUN) {
             work(n, &mut |token, y| {
                 // SAFETY: outputs of this row belong to this call alone.
-                unsafe { out.part(token * rows + n..token * rows + n + 1)[0] = T::from_f32(y) };
+                unsafe { out.part(token, n, 1)[0] = T::from_f32(y) };
             });
         }
     });

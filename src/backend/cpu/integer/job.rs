@@ -1,9 +1,8 @@
 //! What a product reads and where it writes.
 
-use std::marker::PhantomData;
-use std::ops::Range;
-
 use super::dot::Dot;
+use super::{Cut, rows};
+use crate::backend::cpu::product::Out;
 use crate::backend::cpu::threads::share;
 use crate::backend::cpu::{Kernels, Lanes};
 use crate::quant::integer::{GROUP, Integers, group_scale};
@@ -51,17 +50,17 @@ impl Arranged {
             scales: vec![0.0; tokens * groups],
             groups,
         };
-        let codes = Out::new(&mut arranged.codes);
-        let sums = Out::new(&mut arranged.starts);
-        let scales = Out::new(&mut arranged.scales);
+        let codes = Out::new(&mut arranged.codes, stride);
+        let sums = Out::new(&mut arranged.starts, starts_of_row);
+        let scales = Out::new(&mut arranged.scales, groups);
         let threads = if x.len() < 1 << 16 { 1 } else { threads };
         share(threads, tokens, |token| {
             // SAFETY: each token has its own part of the three buffers, whose lengths are above.
             let (out, sums, scales) = unsafe {
                 (
-                    codes.part(token * stride..(token + 1) * stride),
-                    sums.part(token * starts_of_row..(token + 1) * starts_of_row),
-                    scales.part(token * groups..(token + 1) * groups),
+                    codes.part(token, 0, stride),
+                    sums.part(token, 0, starts_of_row),
+                    scales.part(token, 0, groups),
                 )
             };
             let row = &x[token * columns..(token + 1) * columns];
@@ -126,9 +125,26 @@ impl Four<'_> {
         }
     }
 
+    /// How it is cut into parts, with panels of so many rows.
+    pub fn cut(&self, panel: usize) -> Cut<'_> {
+        let (tokens, row_bytes) = (self.x.tokens, self.columns / 2);
+        Cut { bias: self.bias, row_bytes, tokens, few: rows::TILE, panel }
+    }
+
     /// Elements whose products are summed as integers: as many as have one scale on both sides.
     pub fn unit(&self) -> usize {
         self.q.layout().blocksize.min(GROUP)
+    }
+}
+
+impl Eight<'_> {
+    /// A multiple of the lanes of any vector.
+    pub const PADDING: usize = 16;
+
+    /// How it is cut into parts, with panels of so many rows.
+    pub fn cut(&self, panel: usize) -> Cut<'_> {
+        let (tokens, row_bytes) = (self.x.tokens, self.columns);
+        Cut { bias: self.bias, row_bytes, tokens, few: rows::TOKENS, panel }
     }
 }
 
@@ -146,36 +162,10 @@ pub struct Eight<'a> {
     pub outliers: &'a [usize],
     /// Those columns of the activations, a row after the other.
     pub outlying: &'a [f32],
+    /// Numbers from one of these rows to the next, a multiple of [`Eight::PADDING`]; zeros fill them.
+    pub apart: usize,
     /// One number a row of the weight.
     pub bias: &'a [f32],
-}
-
-/// Memory that several threads fill, each its own part.
-pub struct Out<'a, T> {
-    start: *mut T,
-    length: usize,
-    borrowed: PhantomData<&'a mut [T]>,
-}
-
-// SAFETY: a shared `Out` only gives parts, and whoever takes one guarantees that nobody else does.
-unsafe impl<T: Send> Sync for Out<'_, T> {}
-
-impl<'a, T> Out<'a, T> {
-    /// Borrows the memory.
-    pub fn new(memory: &'a mut [T]) -> Self {
-        Self { start: memory.as_mut_ptr(), length: memory.len(), borrowed: PhantomData }
-    }
-
-    /// A part of the memory.
-    ///
-    /// # Safety
-    /// - Nobody else holds a part that overlaps.
-    #[allow(clippy::mut_from_ref)]
-    pub unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
-        assert!(range.start <= range.end && range.end <= self.length, "a part beyond the end");
-        // SAFETY: inside the borrowed memory, by the line above; the rest is the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
-    }
 }
 
 /// What the sums of a row begin with, for a kernel whose lanes lie along the row: for each vector

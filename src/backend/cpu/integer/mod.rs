@@ -18,9 +18,12 @@ mod rows;
 
 use std::ops::Range;
 
-use super::threads::share;
-use job::{Arranged, Eight, Four, Out};
+use super::threads::share_runs;
+use job::{Arranged, Eight, Four};
 
+use super::product::Out;
+#[cfg(target_arch = "x86_64")]
+use super::product::Vector;
 use super::{Cpu, Isa, Kernels, Lanes};
 use crate::error::{Error, Result};
 use crate::format::Decode;
@@ -39,7 +42,7 @@ enum Unit {
     #[cfg(target_arch = "x86_64")]
     Avx512(super::avx512::Avx512),
     #[cfg(target_arch = "x86_64")]
-    Vnni(avx512::Vnni),
+    Vnni(super::avx512::Avx512Ext),
 }
 
 /// Integer products on given kernels and threads.
@@ -71,7 +74,7 @@ impl Integer {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(proof) => Unit::Avx512(proof),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Ext(proof) => Unit::Vnni(avx512::Vnni::new(proof)),
+            Isa::Avx512Ext(proof) => Unit::Vnni(proof),
         };
         Self { cpu, unit }
     }
@@ -124,14 +127,13 @@ impl Integer {
         let kernels = Kernels::<T>::of(self.cpu.isa);
         #[cfg(target_arch = "x86_64")]
         if columns.is_multiple_of(layout.blocksize) {
-            let few = tokens <= rows::TOKENS;
+            let few = tokens <= rows::TILE;
             let unit = layout.blocksize.min(GROUP);
             macro_rules! arranged {
                 ($D:ty) => {{
-                    let span = if few { 8 * <$D as dot::Dot>::LANES } else { 8 };
-                    let vectors = columns.div_ceil(8 * <$D as dot::Dot>::LANES);
-                    let starts =
-                        if few { vectors * <$D as dot::Dot>::LANES } else { columns / unit };
+                    let span = if few { 8 * <$D as Vector>::LANES } else { 8 };
+                    let vectors = columns.div_ceil(8 * <$D as Vector>::LANES);
+                    let starts = if few { vectors * <$D as Vector>::LANES } else { columns / unit };
                     let x = (x, columns);
                     Arranged::quantize(
                         &kernels,
@@ -153,7 +155,7 @@ impl Integer {
                 Unit::Scalar => None,
                 Unit::Avx2(_) => Some(arranged!(super::avx2::Avx2)),
                 Unit::Avx512(_) => Some(arranged!(super::avx512::Avx512)),
-                Unit::Vnni(_) => Some(arranged!(avx512::Vnni)),
+                Unit::Vnni(_) => Some(arranged!(super::avx512::Avx512Ext)),
             };
             if let Some(x) = arranged {
                 self.four(&Four { q, integers, columns, x, bias: &bias }, out);
@@ -199,16 +201,17 @@ impl Integer {
         let (mut codes, mut scales) = (vec![0i8; x.len()], vec![0f32; tokens]);
         let outliers =
             self.cpu.quantize_activations(x, columns, threshold, &mut codes, &mut scales)?;
-        let outlying: Vec<f32> = x
-            .chunks_exact(columns)
-            .flat_map(|row| outliers.iter().map(|column| row[*column].to_f32()))
-            .collect();
+        let apart = outliers.len().next_multiple_of(Eight::PADDING);
+        let mut outlying = vec![0f32; tokens * apart];
+        if apart > 0 {
+            for (outlying, x) in outlying.chunks_exact_mut(apart).zip(x.chunks_exact(columns)) {
+                for (outlying, column) in outlying.iter_mut().zip(&outliers) {
+                    *outlying = x[*column].to_f32();
+                }
+            }
+        }
         let (lanes, bias_of_weights) = self.lanes();
-        let stride = if tokens > rows::TOKENS {
-            job::stride(columns, 4 * lanes)
-        } else {
-            columns.next_multiple_of(4 * lanes)
-        };
+        let stride = job::stride(columns, 4 * lanes);
         if stride != columns {
             let mut longer = vec![0i8; tokens * stride];
             for (longer, codes) in longer.chunks_exact_mut(stride).zip(codes.chunks_exact(columns))
@@ -226,7 +229,8 @@ impl Integer {
         let x = Arranged { tokens, stride, codes, starts, scales, groups: 1 };
         let weight = bytemuck::cast_slice(q.packed());
         let (outliers, outlying) = (outliers.as_slice(), outlying.as_slice());
-        self.eight(&Eight { weight, absmax, columns, x, outliers, outlying, bias: &bias }, out);
+        let job = Eight { weight, absmax, columns, x, outliers, outlying, apart, bias: &bias };
+        self.eight(&job, out);
         Ok(())
     }
 
@@ -238,7 +242,7 @@ impl Integer {
             #[cfg(target_arch = "x86_64")]
             Unit::Avx512(_) => of_dot::<super::avx512::Avx512>(),
             #[cfg(target_arch = "x86_64")]
-            Unit::Vnni(_) => of_dot::<avx512::Vnni>(),
+            Unit::Vnni(_) => of_dot::<super::avx512::Avx512Ext>(),
         }
     }
 
@@ -247,21 +251,21 @@ impl Integer {
             Unit::Scalar => general::four(self.cpu.threads, job, out),
             #[cfg(target_arch = "x86_64")]
             Unit::Avx2(d) => {
-                self.spread(job.bias.len(), job.columns / 2, job.x.tokens, 16, out, |part, out| {
+                self.spread(job.cut(16), out, |part, out| {
                     // SAFETY: `d` exists, so the machine has the features.
                     unsafe { with_avx2::four(d, job, part, out) }
                 });
             }
             #[cfg(target_arch = "x86_64")]
             Unit::Avx512(d) => {
-                self.spread(job.bias.len(), job.columns / 2, job.x.tokens, 32, out, |part, out| {
+                self.spread(job.cut(32), out, |part, out| {
                     // SAFETY: `d` exists, so the machine has the features.
                     unsafe { with_avx512::four(d, job, part, out) }
                 });
             }
             #[cfg(target_arch = "x86_64")]
             Unit::Vnni(d) => {
-                self.spread(job.bias.len(), job.columns / 2, job.x.tokens, 32, out, |part, out| {
+                self.spread(job.cut(32), out, |part, out| {
                     // SAFETY: `d` exists, so the machine has the features.
                     unsafe { with_vnni::four(d, job, part, out) }
                 });
@@ -277,21 +281,21 @@ impl Integer {
             Unit::Scalar => general::eight(self.cpu.threads, job, out),
             #[cfg(target_arch = "x86_64")]
             Unit::Avx2(d) => {
-                self.spread(job.bias.len(), job.columns, job.x.tokens, 16, out, |part, out| {
+                self.spread(job.cut(16), out, |part, out| {
                     // SAFETY: `d` exists, so the machine has the features.
                     unsafe { with_avx2::eight(d, job, part, out) }
                 });
             }
             #[cfg(target_arch = "x86_64")]
             Unit::Avx512(d) => {
-                self.spread(job.bias.len(), job.columns, job.x.tokens, 32, out, |part, out| {
+                self.spread(job.cut(32), out, |part, out| {
                     // SAFETY: `d` exists, so the machine has the features.
                     unsafe { with_avx512::eight(d, job, part, out) }
                 });
             }
             #[cfg(target_arch = "x86_64")]
             Unit::Vnni(d) => {
-                self.spread(job.bias.len(), job.columns, job.x.tokens, 32, out, |part, out| {
+                self.spread(job.cut(32), out, |part, out| {
                     // SAFETY: `d` exists, so the machine has the features.
                     unsafe { with_vnni::eight(d, job, part, out) }
                 });
@@ -299,33 +303,57 @@ impl Integer {
         }
     }
 
-    /// Cuts a product into parts: runs of rows for few tokens, else panels by runs of tokens.
+    /// Cuts a product into parts: runs of rows for at most `few` tokens, else panels by runs of
+    /// tokens.
     fn spread<T: Lanes>(
         &self,
-        rows: usize,
-        bytes_of_row: usize,
-        tokens: usize,
-        panel: usize,
+        shape: Cut<'_>,
         out: &mut [T],
-        work: impl Fn(Part, &Out<'_, T>) + Sync,
+        work: impl Fn(Part<'_>, &Out<'_, T>) + Sync,
     ) {
-        let out = &Out::new(out);
+        let Cut { bias, row_bytes, tokens, few, panel } = shape;
+        let rows = bias.len();
+        let out = &Out::new(out, rows);
         // A product that one thread finishes before another one wakes up stays on one.
-        let small = rows.saturating_mul(bytes_of_row) < SMALL && rows * tokens < SMALL;
+        let small = rows.saturating_mul(row_bytes) < SMALL && rows * tokens < SMALL;
         let threads = if small { 1 } else { self.cpu.threads };
-        if tokens <= rows::TOKENS {
-            let run = (RUN_BYTES / bytes_of_row).clamp(1, 256);
-            share(threads, rows.div_ceil(run), |part| {
-                work(Part::Rows(part * run..rows.min((part + 1) * run)), out);
+        if tokens <= few {
+            let run = (RUN_BYTES / row_bytes).clamp(1, 4096).next_multiple_of(4);
+            share_runs(threads, rows.div_ceil(run), |part| {
+                let here = part * run..rows.min((part + 1) * run);
+                let mut sums = vec![0.0; here.len() * tokens];
+                work(Part::Rows(here.clone(), &mut sums), out);
+                for token in 0..tokens {
+                    // SAFETY: the outputs of these rows belong to this call alone.
+                    let out = unsafe { out.part(token, here.start, here.len()) };
+                    let sums = sums[token..].iter().step_by(tokens).zip(&bias[here.clone()]);
+                    for (out, (sum, bias)) in out.iter_mut().zip(sums) {
+                        *out = T::from_f32(sum + bias);
+                    }
+                }
             });
         } else {
             let panels = rows.div_ceil(panel);
-            share(threads, panels * tokens.div_ceil(panels::TOKENS), |part| {
+            share_runs(threads, panels * tokens.div_ceil(panels::TOKENS), |part| {
                 let first = part / panels * panels::TOKENS;
                 work(Part::Panel { number: part % panels, first }, out);
             });
         }
     }
+}
+
+/// How a product is cut into parts.
+#[derive(Clone, Copy)]
+struct Cut<'a> {
+    /// One number a row of the weight.
+    bias: &'a [f32],
+    /// Bytes of a row of the weight.
+    row_bytes: usize,
+    tokens: usize,
+    /// The most tokens for which rows are read as they lie.
+    few: usize,
+    /// Rows of a panel.
+    panel: usize,
 }
 
 /// (rows of x, rows of the weight), from lengths that fit together.
@@ -350,7 +378,7 @@ fn shape(q: &QTensor<'_>, x: usize, columns: usize, out: usize) -> Result<(usize
 const SMALL: usize = 1 << 17;
 
 /// Bytes of a weight that one part of a product with few tokens reads.
-const RUN_BYTES: usize = 1 << 17;
+const RUN_BYTES: usize = 1 << 18;
 
 #[cfg(target_arch = "x86_64")]
 const fn of_dot<D: dot::Dot>() -> (usize, i32) {
@@ -358,9 +386,9 @@ const fn of_dot<D: dot::Dot>() -> (usize, i32) {
 }
 
 /// A piece of a product.
-enum Part {
-    /// Rows of the weight, with all tokens.
-    Rows(Range<usize>),
+enum Part<'a> {
+    /// Rows of the weight, with all tokens; and where their products go, a row after the other.
+    Rows(Range<usize>, &'a mut [f32]),
     /// A panel of rows, with a run of tokens from `first` on.
     Panel { number: usize, first: usize },
 }
@@ -380,32 +408,21 @@ fn padded(bias: Option<&[f32]>, rows: usize) -> Result<Vec<f32>> {
 macro_rules! entry_points {
     ($name:ident, $D:ty, $features:literal) => {
         mod $name {
-            use super::job::{Eight, Four, Out};
-            use super::{Lanes, Part, panels, rows};
-
-            macro_rules! rows_of {
-                ($kernel:ident, $d:ident, $job:ident, $rows:ident, $out:ident) => {
-                    match $job.x.tokens {
-                        1 => rows::$kernel::<$D, T, 1>($d, $job, $rows, $out),
-                        2 => rows::$kernel::<$D, T, 2>($d, $job, $rows, $out),
-                        3 => rows::$kernel::<$D, T, 3>($d, $job, $rows, $out),
-                        _ => rows::$kernel::<$D, T, { rows::TOKENS }>($d, $job, $rows, $out),
-                    }
-                };
-            }
+            use super::job::{Eight, Four};
+            use super::{Lanes, Out, Part, panels, rows};
 
             #[target_feature(enable = $features)]
-            pub fn four<T: Lanes>(d: $D, job: &Four<'_>, part: Part, out: &Out<'_, T>) {
+            pub fn four<T: Lanes>(d: $D, job: &Four<'_>, part: Part<'_>, out: &Out<'_, T>) {
                 match part {
-                    Part::Rows(rows) => rows_of!(four, d, job, rows, out),
+                    Part::Rows(rows, sums) => rows::four(d, job, rows, sums),
                     Part::Panel { number, first } => panels::four(d, job, number, first, out),
                 }
             }
 
             #[target_feature(enable = $features)]
-            pub fn eight<T: Lanes>(d: $D, job: &Eight<'_>, part: Part, out: &Out<'_, T>) {
+            pub fn eight<T: Lanes>(d: $D, job: &Eight<'_>, part: Part<'_>, out: &Out<'_, T>) {
                 match part {
-                    Part::Rows(rows) => rows_of!(eight, d, job, rows, out),
+                    Part::Rows(rows, sums) => rows::eight(d, job, rows, sums),
                     Part::Panel { number, first } => panels::eight(d, job, number, first, out),
                 }
             }
@@ -423,6 +440,6 @@ entry_points!(
 #[cfg(target_arch = "x86_64")]
 entry_points!(
     with_vnni,
-    super::avx512::Vnni,
+    crate::backend::cpu::avx512::Avx512Ext,
     "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 );

@@ -2,10 +2,11 @@
 //! which lanes are rows, and a tile of it and a few activations stays in registers.
 
 use super::dot::Dot;
-use super::job::{Eight, Four, Out};
+use super::job::{Eight, Four};
 use super::rows::{INVERSE_SQUARE, outlier};
 use crate::backend::cpu::Lanes;
 use crate::backend::cpu::aligned::Aligned;
+use crate::backend::cpu::product::Out;
 use crate::quant::integer::GROUP;
 
 /// Columns of a panel: a multiple of [`GROUP`].
@@ -14,9 +15,66 @@ const DEPTH: usize = 1024;
 /// Rows of activations that one call takes; what they need of the cache at a depth is half of it.
 pub const TOKENS: usize = 512;
 
-/// How far ahead of a row's bytes the next ones are asked for: rows are read in short pieces, which
-/// the processor does not foresee.
-const AHEAD: usize = DEPTH / 2;
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// The piece of the weight that is decoded next, fetched into the second-level cache bit by bit
+/// while the one at hand is multiplied: rows are read in short pieces, which the processor does not
+/// foresee, and many fetches at once would leave no room for others.
+struct Next<'a> {
+    weight: &'a [u8],
+    row_bytes: usize,
+    /// The byte of its row, and where in a row the piece ends.
+    at: usize,
+    start: usize,
+    end: usize,
+    /// Rows that are left, the first of them at `row`.
+    row: usize,
+    rows: usize,
+    /// Lines of a step.
+    each: usize,
+}
+
+impl<'a> Next<'a> {
+    /// What follows the columns up to byte `end` of `rows` rows from `row` on, in so many steps.
+    fn new(
+        (weight, row_bytes): (&'a [u8], usize),
+        (row, rows): (usize, usize),
+        end: usize,
+        depth: usize,
+        steps: usize,
+    ) -> Self {
+        let (row, start) = if end < row_bytes { (row, end) } else { (row + rows, 0) };
+        let rows = rows.min((weight.len() / row_bytes).saturating_sub(row));
+        let end = (start + depth).min(row_bytes);
+        let lines = rows * (end - start).div_ceil(LINE);
+        Self {
+            weight,
+            row_bytes,
+            at: start,
+            start,
+            end,
+            row,
+            rows,
+            each: lines.div_ceil(steps.max(1)),
+        }
+    }
+
+    /// Fetches the next lines.
+    #[inline(always)]
+    fn fetch<D: Dot>(&mut self, d: D) {
+        for _ in 0..self.each {
+            if self.rows == 0 {
+                return;
+            }
+            d.prefetch_far(self.weight.as_ptr().wrapping_add(self.row * self.row_bytes + self.at));
+            self.at += LINE;
+            if self.at >= self.end {
+                (self.at, self.row, self.rows) = (self.start, self.row + 1, self.rows - 1);
+            }
+        }
+    }
+}
 
 /// The most rows of a panel.
 const ROWS: usize = 32;
@@ -29,18 +87,17 @@ fn transposed<'a, D: Dot>(d: D, first: usize, row: impl Fn(usize) -> &'a [u8]) -
     let mut vectors = [d.splat_int(0); 16];
     for (r, vector) in vectors.iter_mut().enumerate().take(D::LANES) {
         let row = row(r);
-        d.prefetch(row.as_ptr().wrapping_add(first + AHEAD));
         if let Some(bytes) = row.get(first..first + bytes) {
             // SAFETY: the slice is one vector long.
-            *vector = unsafe { d.load(bytes.as_ptr()) };
+            *vector = unsafe { d.ints(bytes.as_ptr()) };
         } else if let Some(rest) = row.get(first..) {
             let mut end = [0u8; 64];
             end[..rest.len()].copy_from_slice(rest);
             // SAFETY: the copy is as long as the longest vector.
-            *vector = unsafe { d.load(end.as_ptr()) };
+            *vector = unsafe { d.ints(end.as_ptr()) };
         }
     }
-    d.transpose(&mut vectors);
+    d.exchange(&mut vectors);
     vectors
 }
 
@@ -72,8 +129,8 @@ fn decode_four<D: Dot>(
                 let at = (j * 4 + half) * 4 * D::LANES;
                 // SAFETY: `to` has room for 2 * LANES pairs of 2 vectors.
                 unsafe {
-                    d.store(high, to.as_mut_ptr().add(at));
-                    d.store(low, to.as_mut_ptr().add(at + 8 * D::LANES));
+                    d.store_ints(high, to.as_mut_ptr().add(at));
+                    d.store_ints(low, to.as_mut_ptr().add(at + 8 * D::LANES));
                 }
             }
         }
@@ -102,9 +159,9 @@ fn tile_four<D: Dot, const M: usize>(
     job: &Four<'_>,
     (first, length): (usize, usize),
     token: usize,
-    panel: &[u8],
-    scales: &[f32],
+    (panel, scales): (&[u8], &[f32]),
     sums: &mut [f32],
+    next: &mut Next<'_>,
 ) {
     let (x, unit, rows) = (&job.x, job.unit(), 2 * D::LANES);
     let units = job.columns / unit;
@@ -127,9 +184,10 @@ fn tile_four<D: Dot, const M: usize>(
                 let mut c: [[D::Ints; 2]; M] =
                     std::array::from_fn(|m| [d.splat_int(*starts.add(m * units + u)); 2]);
                 for _ in 0..unit / 16 {
+                    next.fetch(d);
                     for step in 0..4 {
-                        let w0 = d.load(weights);
-                        let w1 = d.load(weights.add(4 * D::LANES));
+                        let w0 = d.ints(weights);
+                        let w1 = d.ints(weights.add(4 * D::LANES));
                         weights = weights.add(8 * D::LANES);
                         for m in 0..M {
                             let x = d.broadcast(codes[m].add(k + 4 * step));
@@ -139,8 +197,8 @@ fn tile_four<D: Dot, const M: usize>(
                     }
                     k += 16;
                 }
-                let s0 = d.floats(scales.as_ptr().add(u * rows));
-                let s1 = d.floats(scales.as_ptr().add(u * rows + D::LANES));
+                let s0 = d.load(scales.as_ptr().add(u * rows));
+                let s1 = d.load(scales.as_ptr().add(u * rows + D::LANES));
                 for m in 0..M {
                     part[m][0] = d.fma(d.to_floats(c[m][0]), s0, part[m][0]);
                     part[m][1] = d.fma(d.to_floats(c[m][1]), s1, part[m][1]);
@@ -151,7 +209,7 @@ fn tile_four<D: Dot, const M: usize>(
                 let scale = d.splat(x.scales[(token + m) * x.groups + group]);
                 for (half, part) in part.into_iter().enumerate() {
                     let at = sums.as_mut_ptr().add(m * rows + half * D::LANES);
-                    d.store_floats(d.fma(part, scale, d.floats(at)), at);
+                    d.store(d.fma(part, scale, d.load(at)), at);
                 }
             }
         }
@@ -192,14 +250,22 @@ pub fn four<D: Dot, T: Lanes>(d: D, job: &Four<'_>, panel: usize, first: usize, 
         let end = (start + DEPTH).min(job.columns);
         decode_four(d, job, panel * rows, start..end, &mut integers, &mut scales);
         let at = (start, end - start);
+        let steps = tokens.div_ceil(D::TILE) * (end - start) / 16;
+        let mut next = Next::new(
+            (job.q.packed(), job.columns / 2),
+            (panel * rows, rows),
+            end / 2,
+            DEPTH / 2,
+            steps,
+        );
         tiles!(tile_four::<D>, tokens, |token, m| (
             d,
             job,
             at,
             first + token,
-            &integers,
-            &scales,
-            &mut sums[token * rows..]
+            (&integers, &scales),
+            &mut sums[token * rows..],
+            &mut next
         ));
     }
     write(d, panel * rows, job.bias, first, &sums, out);
@@ -224,14 +290,14 @@ fn write<D: Dot, T: Lanes>(
         for half in [0, D::LANES] {
             // SAFETY: `sums` is `rows` long, the arrays at least as long.
             unsafe {
-                let y = d.floats(sums.as_ptr().add(half));
+                let y = d.load(sums.as_ptr().add(half));
                 let one = d.splat(1.0);
-                let y = d.fma(y, one, d.floats(biases.as_ptr().add(half)));
-                d.write(y, values.as_mut_ptr().add(half));
+                let y = d.fma(y, one, d.load(biases.as_ptr().add(half)));
+                d.store_as(y, values.as_mut_ptr().add(half));
             }
         }
         // SAFETY: the outputs of these rows and tokens belong to this call alone.
-        let out = unsafe { out.part(token * n + row..token * n + row + here) };
+        let out = unsafe { out.part(token, row, here) };
         out.copy_from_slice(&values[..here]);
     }
 }
@@ -245,6 +311,7 @@ fn tile_eight<D: Dot, const M: usize>(
     token: usize,
     panel: &[u8],
     sums: &mut [i32],
+    next: &mut Next<'_>,
 ) {
     let (x, rows) = (&job.x, 2 * D::LANES);
     assert!(panel.len() >= length * rows && sums.len() >= M * rows && length.is_multiple_of(4));
@@ -257,10 +324,13 @@ fn tile_eight<D: Dot, const M: usize>(
         let at = sums.as_mut_ptr().cast::<u8>();
         let place = |m: usize, half: usize| at.add((2 * m + half) * 4 * D::LANES);
         let mut c: [[D::Ints; 2]; M] =
-            std::array::from_fn(|m| [d.load(place(m, 0)), d.load(place(m, 1))]);
+            std::array::from_fn(|m| [d.ints(place(m, 0)), d.ints(place(m, 1))]);
         for k in (0..length).step_by(4) {
-            let w0 = d.load(weights);
-            let w1 = d.load(weights.add(4 * D::LANES));
+            if k % 16 == 0 {
+                next.fetch(d);
+            }
+            let w0 = d.ints(weights);
+            let w1 = d.ints(weights.add(4 * D::LANES));
             weights = weights.add(8 * D::LANES);
             for m in 0..M {
                 let x = d.broadcast(codes[m].add(k));
@@ -269,8 +339,8 @@ fn tile_eight<D: Dot, const M: usize>(
             }
         }
         for (m, c) in c.into_iter().enumerate() {
-            d.store(c[0], place(m, 0));
-            d.store(c[1], place(m, 1));
+            d.store_ints(c[0], place(m, 0));
+            d.store_ints(c[1], place(m, 1));
         }
     }
 }
@@ -310,19 +380,23 @@ pub fn eight<D: Dot, T: Lanes>(
                     // SAFETY: `to` has room for LANES pairs of vectors.
                     unsafe {
                         let at = (2 * j + half) * 4 * D::LANES;
-                        d.store(d.biased(vector), to.as_mut_ptr().add(at));
+                        d.store_ints(d.biased(vector), to.as_mut_ptr().add(at));
                     }
                 }
             }
         }
         let at = (start, (end - start).next_multiple_of(4));
+        let steps = tokens.div_ceil(D::TILE) * (end - start) / 16;
+        let bytes = (bytemuck::cast_slice(job.weight), job.columns);
+        let mut next = Next::new(bytes, (row, rows), end, DEPTH, steps);
         tiles!(tile_eight::<D>, tokens, |token, m| (
             d,
             job,
             at,
             first + token,
             &integers,
-            &mut sums[token * rows..]
+            &mut sums[token * rows..],
+            &mut next
         ));
     }
     let sums = outputs(d, job, row, first, &sums);
@@ -346,21 +420,20 @@ fn outputs<D: Dot>(d: D, job: &Eight<'_>, row: usize, first: usize, sums: &[i32]
     let mut out = vec![0f32; sums.len()];
     for ((sums, out), token) in sums.chunks_exact(rows).zip(out.chunks_exact_mut(rows)).zip(first..)
     {
-        let outlying = &job.outlying[token * columns..(token + 1) * columns];
+        let outlying = &job.outlying[token * job.apart..(token + 1) * job.apart];
         for half in [0, D::LANES] {
             // SAFETY: `sums`, `out` and each row of `weights` are `rows` long, `absmax` at least.
             unsafe {
-                let scale =
-                    d.mul(d.splat(job.x.scales[token]), d.floats(absmax.as_ptr().add(half)));
-                let sum = d.to_floats(d.load(sums.as_ptr().add(half).cast()));
+                let scale = d.mul(d.splat(job.x.scales[token]), d.load(absmax.as_ptr().add(half)));
+                let sum = d.to_floats(d.ints(sums.as_ptr().add(half).cast()));
                 let y = d.mul(d.mul(sum, scale), d.splat(INVERSE_SQUARE));
                 let mut apart = d.splat(0.0);
-                for (j, x) in outlying.iter().enumerate() {
-                    let weight = d.floats(weights.as_ptr().add(j * rows + half));
+                for (j, x) in outlying.iter().enumerate().take(columns) {
+                    let weight = d.load(weights.as_ptr().add(j * rows + half));
                     apart = d.fma(weight, d.splat(*x), apart);
                 }
                 let y = if columns == 0 { y } else { d.fma(apart, d.splat(1.0), y) };
-                d.store_floats(y, out.as_mut_ptr().add(half));
+                d.store(y, out.as_mut_ptr().add(half));
             }
         }
     }

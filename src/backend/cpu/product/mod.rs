@@ -33,9 +33,10 @@ mod tiles;
 
 use self::engine::Engine;
 use self::few::{FEW, Few};
+pub(super) use self::lanes::Vector;
 use self::many::{Codes, Many, Scratch, Source};
 use self::narrow::{Narrow, narrow};
-use self::out::Out;
+pub(super) use self::out::Out;
 use self::portable::Portable;
 use super::aligned::Aligned;
 use super::{Cpu, Isa, Lanes, threads};
