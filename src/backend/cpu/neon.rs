@@ -45,6 +45,22 @@ impl NeonBf16 {
     }
 }
 
+/// Proof that the machine has products of bytes (DotProd) beside NEON.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NeonDot(Neon);
+
+impl NeonDot {
+    /// Asks the machine.
+    pub fn detect(base: Neon) -> Option<Self> {
+        is_aarch64_feature_detected!("dotprod").then_some(Self(base))
+    }
+
+    /// The smaller proof.
+    pub const fn base(self) -> Neon {
+        self.0
+    }
+}
+
 entry_points!(Neon, "neon");
 
 /// Elements that four lanes of f32 are loaded from and stored to.

@@ -4,7 +4,7 @@
 //! in memory (`rows`); for many, panels of it are decoded into the cache (`panels`).
 
 // Without vectors only `general` is used.
-#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+#![cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -13,6 +13,8 @@ mod avx512;
 mod dot;
 mod general;
 mod job;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod panels;
 mod rows;
 
@@ -22,13 +24,13 @@ use super::threads::share_runs;
 use job::{Arranged, Eight, Four};
 
 use super::product::Out;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use super::product::Vector;
 use super::{Cpu, Isa, Kernels, Lanes};
 use crate::error::{Error, Result};
 use crate::format::Decode;
 use crate::pack::check_len;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use crate::quant::integer::GROUP;
 use crate::quant::integer::{Integers, MAX_COLUMNS};
 use crate::tensor::{QTensor, Scales};
@@ -43,6 +45,18 @@ enum Unit {
     Avx512(super::avx512::Avx512),
     #[cfg(target_arch = "x86_64")]
     Vnni(super::avx512::Avx512Ext),
+    #[cfg(target_arch = "aarch64")]
+    Neon(super::neon::Neon),
+    #[cfg(target_arch = "aarch64")]
+    NeonDot(super::neon::NeonDot),
+}
+
+#[cfg(target_arch = "aarch64")]
+impl Unit {
+    /// With products of bytes where the machine has them: they need not come with BF16.
+    fn of_neon(proof: super::neon::Neon) -> Self {
+        super::neon::NeonDot::detect(proof).map_or(Self::Neon(proof), Self::NeonDot)
+    }
 }
 
 /// Integer products on given kernels and threads.
@@ -68,9 +82,10 @@ impl Integer {
             Isa::Scalar => Unit::Scalar,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2(proof) => Unit::Avx2(proof),
-            // NEON has no kernels for integers yet.
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon(_) | Isa::NeonBf16(_) => Unit::Scalar,
+            Isa::Neon(proof) => Unit::of_neon(proof),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonBf16(proof) => Unit::of_neon(proof.base()),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(proof) => Unit::Avx512(proof),
             #[cfg(target_arch = "x86_64")]
@@ -81,7 +96,17 @@ impl Integer {
 
     /// All that this machine can run, slowest first.
     pub fn available(threads: usize) -> Vec<Self> {
-        Isa::available().into_iter().map(|isa| Self::new(Cpu::with(isa, threads))).collect()
+        let mut all = Vec::new();
+        for isa in Isa::available() {
+            let integer = Self::new(Cpu::with(isa, threads));
+            // What an older processor would use runs here too.
+            #[cfg(target_arch = "aarch64")]
+            if let (Isa::Neon(proof), Unit::NeonDot(_)) = (isa, integer.unit) {
+                all.push(Self { unit: Unit::Neon(proof), ..integer });
+            }
+            all.push(integer);
+        }
+        all
     }
 
     /// The name of the instructions in use.
@@ -94,6 +119,10 @@ impl Integer {
             Unit::Avx512(_) => "avx512",
             #[cfg(target_arch = "x86_64")]
             Unit::Vnni(_) => "avx512 vnni",
+            #[cfg(target_arch = "aarch64")]
+            Unit::Neon(_) => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Unit::NeonDot(_) => "neon dotprod",
         }
     }
 
@@ -125,7 +154,7 @@ impl Integer {
             return Ok(());
         }
         let kernels = Kernels::<T>::of(self.cpu.isa);
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
         if columns.is_multiple_of(layout.blocksize) {
             let few = tokens <= rows::TILE;
             let unit = layout.blocksize.min(GROUP);
@@ -153,9 +182,16 @@ impl Integer {
             }
             let arranged = match self.unit {
                 Unit::Scalar => None,
+                #[cfg(target_arch = "x86_64")]
                 Unit::Avx2(_) => Some(arranged!(super::avx2::Avx2)),
+                #[cfg(target_arch = "x86_64")]
                 Unit::Avx512(_) => Some(arranged!(super::avx512::Avx512)),
+                #[cfg(target_arch = "x86_64")]
                 Unit::Vnni(_) => Some(arranged!(super::avx512::Avx512Ext)),
+                #[cfg(target_arch = "aarch64")]
+                Unit::Neon(_) => Some(arranged!(super::neon::Neon)),
+                #[cfg(target_arch = "aarch64")]
+                Unit::NeonDot(_) => Some(arranged!(super::neon::NeonDot)),
             };
             if let Some(x) = arranged {
                 self.four(&Four { q, integers, columns, x, bias: &bias }, out);
@@ -243,33 +279,34 @@ impl Integer {
             Unit::Avx512(_) => of_dot::<super::avx512::Avx512>(),
             #[cfg(target_arch = "x86_64")]
             Unit::Vnni(_) => of_dot::<super::avx512::Avx512Ext>(),
+            #[cfg(target_arch = "aarch64")]
+            Unit::Neon(_) => of_dot::<super::neon::Neon>(),
+            #[cfg(target_arch = "aarch64")]
+            Unit::NeonDot(_) => of_dot::<super::neon::NeonDot>(),
         }
     }
 
     fn four<T: Lanes>(&self, job: &Four<'_>, out: &mut [T]) {
+        macro_rules! parts {
+            ($with:ident, $d:ident, $panel:literal) => {
+                self.spread(job.cut($panel), out, |part, out| {
+                    // SAFETY: `$d` exists, so the machine has the features.
+                    unsafe { $with::four($d, job, part, out) }
+                })
+            };
+        }
         match self.unit {
             Unit::Scalar => general::four(self.cpu.threads, job, out),
             #[cfg(target_arch = "x86_64")]
-            Unit::Avx2(d) => {
-                self.spread(job.cut(16), out, |part, out| {
-                    // SAFETY: `d` exists, so the machine has the features.
-                    unsafe { with_avx2::four(d, job, part, out) }
-                });
-            }
+            Unit::Avx2(d) => parts!(with_avx2, d, 16),
             #[cfg(target_arch = "x86_64")]
-            Unit::Avx512(d) => {
-                self.spread(job.cut(32), out, |part, out| {
-                    // SAFETY: `d` exists, so the machine has the features.
-                    unsafe { with_avx512::four(d, job, part, out) }
-                });
-            }
+            Unit::Avx512(d) => parts!(with_avx512, d, 32),
             #[cfg(target_arch = "x86_64")]
-            Unit::Vnni(d) => {
-                self.spread(job.cut(32), out, |part, out| {
-                    // SAFETY: `d` exists, so the machine has the features.
-                    unsafe { with_vnni::four(d, job, part, out) }
-                });
-            }
+            Unit::Vnni(d) => parts!(with_vnni, d, 32),
+            #[cfg(target_arch = "aarch64")]
+            Unit::Neon(d) => parts!(with_neon, d, 16),
+            #[cfg(target_arch = "aarch64")]
+            Unit::NeonDot(d) => parts!(with_neon_dot, d, 16),
         }
     }
 
@@ -277,29 +314,26 @@ impl Integer {
         if job.columns > MAX_COLUMNS {
             return general::eight(self.cpu.threads, job, out);
         }
+        macro_rules! parts {
+            ($with:ident, $d:ident, $panel:literal) => {
+                self.spread(job.cut($panel), out, |part, out| {
+                    // SAFETY: `$d` exists, so the machine has the features.
+                    unsafe { $with::eight($d, job, part, out) }
+                })
+            };
+        }
         match self.unit {
             Unit::Scalar => general::eight(self.cpu.threads, job, out),
             #[cfg(target_arch = "x86_64")]
-            Unit::Avx2(d) => {
-                self.spread(job.cut(16), out, |part, out| {
-                    // SAFETY: `d` exists, so the machine has the features.
-                    unsafe { with_avx2::eight(d, job, part, out) }
-                });
-            }
+            Unit::Avx2(d) => parts!(with_avx2, d, 16),
             #[cfg(target_arch = "x86_64")]
-            Unit::Avx512(d) => {
-                self.spread(job.cut(32), out, |part, out| {
-                    // SAFETY: `d` exists, so the machine has the features.
-                    unsafe { with_avx512::eight(d, job, part, out) }
-                });
-            }
+            Unit::Avx512(d) => parts!(with_avx512, d, 32),
             #[cfg(target_arch = "x86_64")]
-            Unit::Vnni(d) => {
-                self.spread(job.cut(32), out, |part, out| {
-                    // SAFETY: `d` exists, so the machine has the features.
-                    unsafe { with_vnni::eight(d, job, part, out) }
-                });
-            }
+            Unit::Vnni(d) => parts!(with_vnni, d, 32),
+            #[cfg(target_arch = "aarch64")]
+            Unit::Neon(d) => parts!(with_neon, d, 16),
+            #[cfg(target_arch = "aarch64")]
+            Unit::NeonDot(d) => parts!(with_neon_dot, d, 16),
         }
     }
 
@@ -380,7 +414,7 @@ const SMALL: usize = 1 << 17;
 /// Bytes of a weight that one part of a product with few tokens reads.
 const RUN_BYTES: usize = 1 << 18;
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 const fn of_dot<D: dot::Dot>() -> (usize, i32) {
     (D::LANES, D::BIAS as i32)
 }
@@ -404,7 +438,7 @@ fn padded(bias: Option<&[f32]>, rows: usize) -> Result<Vec<f32>> {
 }
 
 /// Functions that enable an instruction set around the kernels.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! entry_points {
     ($name:ident, $D:ty, $features:literal) => {
         mod $name {
@@ -443,3 +477,7 @@ entry_points!(
     crate::backend::cpu::avx512::Avx512Ext,
     "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 );
+#[cfg(target_arch = "aarch64")]
+entry_points!(with_neon, crate::backend::cpu::neon::Neon, "neon");
+#[cfg(target_arch = "aarch64")]
+entry_points!(with_neon_dot, crate::backend::cpu::neon::NeonDot, "neon,dotprod");

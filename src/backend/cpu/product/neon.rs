@@ -8,7 +8,7 @@
 use std::arch::{aarch64::*, asm};
 use std::array::from_fn;
 
-use super::super::neon::Neon;
+use super::super::neon::{Neon, NeonBf16, NeonDot};
 use super::super::{Lanes, simd};
 use super::lanes::{Dot, Vector};
 
@@ -101,6 +101,51 @@ impl Vector for Neon {
         }
     }
 }
+
+/// Vectors as in plain NEON, for a proof of more.
+macro_rules! vectors_of_base {
+    ($name:ty) => {
+        impl Vector for $name {
+            const LANES: usize = <Neon as Vector>::LANES;
+            type F = <Neon as Vector>::F;
+
+            vectors_of_base! { @
+                fn splat(x: f32) -> Self::F;
+                unsafe fn load(from: *const f32) -> Self::F;
+                unsafe fn store(x: Self::F, to: *mut f32);
+                unsafe fn load_as<T: Lanes>(from: *const T) -> Self::F;
+                unsafe fn store_as<T: Lanes>(x: Self::F, to: *mut T);
+                fn add(a: Self::F, b: Self::F) -> Self::F;
+                fn mul(a: Self::F, b: Self::F) -> Self::F;
+                fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+                fn sum(x: Self::F) -> f32;
+                unsafe fn transpose(from: *const u32, stride: usize, to: *mut u32, to_stride: usize);
+                fn prefetch(address: *const u8);
+                fn prefetch_far(address: *const u8);
+            }
+        }
+    };
+    (@) => {};
+    (@ fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)?; $($rest:tt)*) => {
+        #[inline(always)]
+        fn $name(self, $($arg: $type),*) $(-> $out)? {
+            self.base().$name($($arg),*)
+        }
+        vectors_of_base! { @ $($rest)* }
+    };
+    (@ unsafe fn $name:ident $(<$T:ident: $bound:ident>)? ($($arg:ident: $type:ty),*)
+        $(-> $out:ty)?; $($rest:tt)*) => {
+        #[inline(always)]
+        unsafe fn $name $(<$T: $bound>)? (self, $($arg: $type),*) $(-> $out)? {
+            // SAFETY: the caller's.
+            unsafe { self.base().$name($($arg),*) }
+        }
+        vectors_of_base! { @ $($rest)* }
+    };
+}
+
+vectors_of_base!(NeonBf16);
+vectors_of_base!(NeonDot);
 
 /// Transposes a square of four by four words.
 ///

@@ -11,7 +11,7 @@ use std::array::from_fn;
 use half::bf16;
 
 use super::super::neon::NeonBf16;
-use super::super::{Lanes, simd};
+use super::super::simd;
 use super::lanes::{Dot, Vector};
 
 /// The codes of eight words: the low halves of bytes 0 and 2, the high halves, then those of
@@ -20,55 +20,6 @@ use super::lanes::{Dot, Vector};
 pub struct Codes {
     steps: [uint8x16_t; 4],
     step: usize,
-}
-
-/// Vectors as in plain NEON.
-macro_rules! as_base {
-    ($(fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)?;)+) => {
-        $(#[inline(always)] fn $name(self, $($arg: $type),*) $(-> $out)? {
-            self.base().$name($($arg),*)
-        })+
-    };
-}
-
-impl Vector for NeonBf16 {
-    const LANES: usize = 8;
-    type F = [float32x4_t; 2];
-
-    as_base! {
-        fn splat(x: f32) -> Self::F;
-        fn add(a: Self::F, b: Self::F) -> Self::F;
-        fn mul(a: Self::F, b: Self::F) -> Self::F;
-        fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-        fn sum(x: Self::F) -> f32;
-        fn prefetch(address: *const u8);
-        fn prefetch_far(address: *const u8);
-    }
-    #[inline(always)]
-    unsafe fn load(self, from: *const f32) -> Self::F {
-        // SAFETY: the caller's.
-        unsafe { self.base().load(from) }
-    }
-    #[inline(always)]
-    unsafe fn store(self, x: Self::F, to: *mut f32) {
-        // SAFETY: the caller's.
-        unsafe { self.base().store(x, to) }
-    }
-    #[inline(always)]
-    unsafe fn load_as<T: Lanes>(self, from: *const T) -> Self::F {
-        // SAFETY: the caller's.
-        unsafe { self.base().load_as(from) }
-    }
-    #[inline(always)]
-    unsafe fn store_as<T: Lanes>(self, x: Self::F, to: *mut T) {
-        // SAFETY: the caller's.
-        unsafe { self.base().store_as(x, to) }
-    }
-    #[inline(always)]
-    unsafe fn transpose(self, from: *const u32, stride: usize, to: *mut u32, to_stride: usize) {
-        // SAFETY: the caller's.
-        unsafe { self.base().transpose(from, stride, to, to_stride) }
-    }
 }
 
 impl Dot for NeonBf16 {
