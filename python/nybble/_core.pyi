@@ -29,8 +29,6 @@ __all__ = [
     "dequantize_rows",
     "error_stats",
     "formats",
-    "int8_linear",
-    "integer_linear",
     "integers",
     "layout",
     "pack_codes",
@@ -96,17 +94,6 @@ def dequantize_rows(
     weight: _Weight, rows: _Memory, out: _Memory, threads: int | None = None
 ) -> None: ...
 def error_stats(x: _Memory, weight: _Weight, threads: int | None = None) -> Figures: ...
-def integer_linear(
-    x: _Memory, weight: _Weight, bias: _Memory | None, out: _Memory, threads: int | None = None
-) -> None: ...
-def int8_linear(
-    x: _Memory,
-    weight: _Weight,
-    bias: _Memory | None,
-    threshold: float,
-    out: _Memory,
-    threads: int | None = None,
-) -> None: ...
 def integers(format: str) -> tuple[list[int], float]: ...
 def pack_codes(codes: _Memory, order: str, packed: _Memory) -> None: ...
 def unpack_codes(packed: _Memory, order: str, codes: _Memory) -> None: ...
@@ -122,6 +109,17 @@ class Prepared:
     def is_at(self, packed: int, absmax: int, nested: tuple[int, int] | None = None) -> bool: ...
     def linear(
         self, x: _Memory, bias: _Memory | None, out: _Memory, threads: int | None = None
+    ) -> None: ...
+    def integer_linear(
+        self, x: _Memory, bias: _Memory | None, out: _Memory, threads: int | None = None
+    ) -> None: ...
+    def int8_linear(
+        self,
+        x: _Memory,
+        bias: _Memory | None,
+        out: _Memory,
+        threads: int | None,
+        threshold: float,
     ) -> None: ...
     def linear_backward(self, grad: _Memory, out: _Memory, threads: int | None = None) -> None: ...
 

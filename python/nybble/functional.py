@@ -110,7 +110,7 @@ def linear(
             (dynamic8, dynamic8u).
     """
     if integer.check_compute(compute, q.format) is not None:
-        return integer.linear(autocast(x), *q.parts, bias, *q.how)
+        return integer.linear(autocast(x), *q.parts, bias, *q.how, q.memo)
     return products.linear(autocast(x), *q.parts, bias, *q.how, q.memo)
 
 

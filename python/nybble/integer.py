@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from nybble import _core, ops, products, reference
-from nybble._memory import memory, optional_memory
 from nybble.cuda import products as cuda
 from nybble.errors import FormatError
 
@@ -40,9 +39,26 @@ def check_compute(compute: str | None, format: str) -> Compute | None:
         return None
     if compute != "int8":
         raise FormatError(f"compute must be 'int8' or None, got {compute!r}")
+    _check_integers(format)
+    return "int8"
+
+
+def where_possible(compute: str | None, format: str) -> Compute | None:
+    """`compute`, where the codes of the format are integers; None elsewhere.
+
+    Raises:
+        FormatError: It is neither "int8" nor None.
+    """
+    row = reference.spec(format)
+    known = check_compute(compute, "int8")
+    return known if row["bits"] == 4 or row["decode"] == "integer" else None
+
+
+@functools.cache
+def _check_integers(format: str) -> None:
+    """Whether a format has integer codes; asking the core at each product would take long."""
     if not reference.is_row_wise(format):
         _core.integers(format)
-    return "int8"
 
 
 def _integer_linear_cpu(
@@ -58,12 +74,7 @@ def _integer_linear_cpu(
 ) -> Tensor:
     ops.check_product(x, shape)
     parts = ops.weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
-    x = x.contiguous()
-    out = x.new_empty(*x.shape[:-1], shape[0])
-    bias = None if bias is None else bias.contiguous()
-    threads = ops.kernel_threads()
-    _core.integer_linear(memory(x), parts, optional_memory(bias), memory(out), threads)
-    return out
+    return products.product(_core.Prepared(parts).integer_linear, x, bias, shape[0])
 
 
 torch.library.impl("nybble::integer_linear", "cpu")(_integer_linear_cpu)
@@ -185,11 +196,38 @@ def linear(
     format: str,
     blocksize: int,
     shape: Sequence[int],
+    memo: products.Memo | None = None,
 ) -> Tensor:
-    """`torch.ops.nybble.integer_linear`, without torch's detour where nothing else has a say."""
-    arguments = (packed, absmax, nested_absmax, nested_offset, bias, format, blocksize, shape)
+    """`torch.ops.nybble.integer_linear`, without torch's detour where nothing else has a say.
+
+    `memo` spares describing the weight again.
+    """
+    parts = (packed, absmax, nested_absmax, nested_offset)
     if products.others_have_a_say(x, packed, bias):
-        result: Tensor = integer_linear(x, *arguments)
+        result: Tensor = integer_linear(x, *parts, bias, format, blocksize, shape)
         return result
-    straight = _integer_linear_cpu if x.is_cpu else _integer_linear_cuda
-    return straight(x, *arguments)
+    if not x.is_cpu:
+        return _integer_linear_cuda(x, *parts, bias, format, blocksize, shape)
+    ops.check_product(x, shape)
+    prepared = (memo or products.Memo()).get(*parts, format, blocksize, shape)
+    assert isinstance(prepared, _core.Prepared)  # the weight is on the CPU too
+    return products.product(prepared.integer_linear, x, bias, shape[0])
+
+
+def llm_int8(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    memo: products.Memo,
+) -> Tensor:
+    """`torch.ops.nybble.int8_linear`, without torch's detour where nothing else has a say."""
+    # The op also takes codes with gaps, which have no one address to remember.
+    if products.others_have_a_say(x, packed, bias) or not x.is_cpu or not packed.is_contiguous():
+        return ops.int8_linear(x, packed, absmax, bias, threshold)
+    shape = packed.shape
+    ops.check_product(x, shape)
+    prepared = memo.get(packed, absmax, None, None, "int8", shape[1], shape)
+    assert isinstance(prepared, _core.Prepared)
+    return products.product(prepared.int8_linear, x, bias, shape[0], threshold)

@@ -357,10 +357,11 @@ def _int8_linear_cpu(
     check_product(x, packed.shape)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], packed.shape[0])
-    parts = weight(packed.contiguous(), absmax, None, None, "int8", 0, packed.shape)
+    packed = packed.contiguous()  # kept under a name: `weight` only notes the address
+    parts = weight(packed, absmax, None, None, "int8", 0, packed.shape)
     bias = None if bias is None else bias.contiguous()
-    threads = kernel_threads()
-    _core.int8_linear(memory(x), parts, optional_memory(bias), threshold, memory(out), threads)
+    operands = (memory(x), optional_memory(bias), memory(out))
+    _core.Prepared(parts).int8_linear(*operands, kernel_threads(), threshold)
     return out
 
 

@@ -7,7 +7,7 @@ for CUDA devices. Other devices, and activations in types without kernels, use t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,17 +37,20 @@ def _linear_cpu(
     if x.dtype not in _FLOATS:
         return reference.linear(x, *parts, bias, format, blocksize, list(shape))
     weight = ops.weight(*parts, format, blocksize, shape)
-    return _product(_core.Prepared(weight), x, bias, shape[0])
+    return product(_core.Prepared(weight).linear, x, bias, shape[0])
 
 
-def _product(prepared: _core.Prepared, x: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+def product(
+    kernel: Callable[..., None], x: Tensor, bias: Tensor | None, rows: int, *more: Any
+) -> Tensor:
+    """What a method of `_core.Prepared` makes of `x`; `more` are its last arguments."""
     x = x.contiguous()
     if bias is not None:
         bias = bias.contiguous() if bias.dtype in _FLOATS else bias.float().contiguous()
     # Slices of shapes are slow.
     shape = (x.shape[0], rows) if x.dim() == 2 else (*x.shape[:-1], rows)
     out = x.new_empty(shape)
-    prepared.linear(memory(x), optional_memory(bias), memory(out), ops.kernel_threads())
+    kernel(memory(x), optional_memory(bias), memory(out), ops.kernel_threads(), *more)
     return out
 
 
@@ -226,7 +229,7 @@ def _multiply(
 ) -> Tensor:
     """The product on the device that the description is for."""
     if isinstance(prepared, _core.Prepared):
-        return _product(prepared, x, bias, how[2][0])
+        return product(prepared.linear, x, bias, how[2][0])
     return cuda.product(prepared, x, packed, bias, *how)
 
 

@@ -30,7 +30,7 @@ mod _core {
         cuda_warmup, refuse_nonfinite,
     };
     #[pymodule_export]
-    use super::integer::{int8_linear, integer_linear, integers};
+    use super::integer::integers;
     #[pymodule_export]
     use super::ops::{
         cpu, cpu_features, default_threads, dequantize, dequantize_rows, error_stats, formats,

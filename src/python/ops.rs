@@ -85,11 +85,6 @@ impl Weight {
         (self.3.address(), self.4.address(), nested)
     }
 
-    /// The length of its rows.
-    pub fn columns(&self) -> usize {
-        self.1.last().copied().unwrap_or(1)
-    }
-
     /// The tensor in the memory of a CUDA device, with all lengths checked.
     pub fn on_device(&self, tables: Option<Tables>) -> Result<DeviceTensor> {
         let Weight(format, shape, blocksize, packed, absmax, nested_absmax, nested_offset) = self;

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 use super::memory::Memory;
 use super::ops::{Weight, float};
 use crate::backend::cpu::Cpu;
+use crate::backend::cpu::integer::{Integer, Product};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::with_element;
@@ -54,6 +55,47 @@ impl Prepared {
         Ok(())
     }
 
+    /// `out = x @ weight.T + bias` with activations rounded to integers.
+    #[pyo3(signature = (x, bias, out, threads=None))]
+    fn integer_linear(
+        &self,
+        py: Python<'_>,
+        x: Memory,
+        bias: Option<Memory>,
+        out: Memory,
+        threads: Option<usize>,
+    ) -> PyResult<()> {
+        let (q, integer) = (self.0.checked()?, Integer::new(Cpu::new(threads)?));
+        let bias = bias.map(widened).transpose()?;
+        let product = Product { columns: self.1[1], bias: bias.as_deref() };
+        with_element!(float(x)?, T => {
+            let (x, out) = (x.slice::<T>()?, out.slice_mut::<T>()?);
+            py.detach(|| integer.linear(x, &q, product, out))
+        })?;
+        Ok(())
+    }
+
+    /// LLM.int8(): `out = x @ weight.T + bias`, columns of outliers apart.
+    #[pyo3(signature = (x, bias, out, threads, threshold))]
+    fn int8_linear(
+        &self,
+        py: Python<'_>,
+        x: Memory,
+        bias: Option<Memory>,
+        out: Memory,
+        threads: Option<usize>,
+        threshold: f32,
+    ) -> PyResult<()> {
+        let (q, integer) = (self.0.checked()?, Integer::new(Cpu::new(threads)?));
+        let bias = bias.map(widened).transpose()?;
+        let product = Product { columns: self.1[1], bias: bias.as_deref() };
+        with_element!(float(x)?, T => {
+            let (x, out) = (x.slice::<T>()?, out.slice_mut::<T>()?);
+            py.detach(|| integer.llm_int8(x, &q, threshold, product, out))
+        })?;
+        Ok(())
+    }
+
     /// `out = grad @ weight`; `grad` and `out` of one dtype hold whole rows.
     #[pyo3(signature = (grad, out, threads=None))]
     fn linear_backward(
@@ -72,7 +114,7 @@ impl Prepared {
     }
 }
 
-pub(super) fn widened(memory: Memory) -> Result<Vec<f32>> {
+fn widened(memory: Memory) -> Result<Vec<f32>> {
     with_element!(float(memory)?, T => {
         Ok(memory.slice::<T>()?.iter().map(|x| x.to_f32()).collect())
     })

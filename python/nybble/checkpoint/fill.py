@@ -12,6 +12,7 @@ from nybble import reference
 from nybble.checkpoint.open import Checkpoint, Entry
 from nybble.checkpoint.scaffold import Scaffold
 from nybble.errors import CheckpointError, FormatError
+from nybble.integer import check_compute
 from nybble.nn.choice import is_linear
 from nybble.nn.conversion import Conversions
 from nybble.nn.experts import QuantizedExperts
@@ -22,12 +23,19 @@ if TYPE_CHECKING:
     from nybble.qtensor import QTensor
 
 
-def fill(model: nn.Module, checkpoint: Checkpoint, compute_dtype: torch.dtype | None) -> None:
+def fill(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    compute_dtype: torch.dtype | None,
+    compute: str | None,
+) -> None:
     """Fill a model; see `load_model`.
 
     Raises:
         CheckpointError: The checkpoint does not fit. Nothing was changed then.
     """
+    check_compute(compute, "int8")  # the name, before any work
+    how = (compute_dtype, compute)
     conversions = Conversions(model)
     places = _places(model, checkpoint, conversions)
     scaffold = Scaffold(
@@ -45,9 +53,9 @@ def fill(model: nn.Module, checkpoint: Checkpoint, compute_dtype: torch.dtype | 
         if isinstance(owner, QuantizedExperts) and parameter in owner.fused.parameters:
             path = place.removesuffix(parameter)
             for piece_name, piece in owner.pieces(parameter, value):
-                _put(model, path + piece_name, piece, compute_dtype)
+                _put(model, path + piece_name, piece, how)
         else:
-            _put(model, place, value, compute_dtype)
+            _put(model, place, value, how)
     _tie_again(model, ties)
     scaffold.finish()
 
@@ -133,7 +141,10 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _put(
-    model: nn.Module, name: str, value: torch.Tensor | QTensor, compute_dtype: torch.dtype | None
+    model: nn.Module,
+    name: str,
+    value: torch.Tensor | QTensor,
+    how: tuple[torch.dtype | None, str | None],
 ) -> None:
     if isinstance(value, torch.Tensor):
         _fill(model, name, value)
@@ -143,7 +154,7 @@ def _put(
     assert isinstance(weight, torch.Tensor)
     if weight.device.type != "meta":
         value = value.to(weight.device)
-    hold_weight(model, name.rpartition(".")[0], value, compute_dtype)
+    hold_weight(model, name.rpartition(".")[0], value, *how)
 
 
 def _fill(model: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -16,10 +16,12 @@ from nybble import _core
 from nybble.checkpoint.fill import fill
 from nybble.checkpoint.open import open_checkpoint
 from nybble.nn.choice import is_linear
+from nybble.nn.linear import QuantizedLinear
 from nybble.nn.quantized import QuantizedModule
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
+_METHOD = "nybble"
 
 
 def save_model(model: nn.Module, dst: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -27,7 +29,8 @@ def save_model(model: nn.Module, dst: str | os.PathLike[str], *, overwrite: bool
 
     Quantized layers are stored as they are, bit for bit; everything else as it is. A tensor that
     several names share is stored once. A transformers model's `config.json` is written too, with
-    a `quantization_config` that says what was done.
+    a `quantization_config` that says what was done. `compute` of the layers is in it only if that
+    is nybble's own entry; bitsandbytes' (all layers nf4, fp4 or int8) has no field for it.
 
     Args:
         model: Any module, with or without quantized layers.
@@ -67,6 +70,7 @@ def load_model(
     src: str | os.PathLike[str],
     *,
     compute_dtype: torch.dtype | None = None,
+    compute: str | None = None,
     repair: bool = False,
 ) -> nn.Module:
     """Fill a model from a checkpoint, in place; layers that are quantized there become quantized.
@@ -78,7 +82,11 @@ def load_model(
     Args:
         model: The architecture, with dense or quantized layers.
         src: A checkpoint, as for `open_checkpoint`.
-        compute_dtype: Dtype of products of quantized layers; None for that of the input.
+        compute_dtype: Dtype of products of layers that are dense in the model and quantized in
+            the checkpoint; None for that of the input. Layers that are quantized in the model
+            keep theirs.
+        compute: "int8" for products of integers in the same layers, where their codes are
+            integers, as `nybble.linear` describes; a checkpoint of tensors does not say it.
         repair: As in `open_checkpoint`.
 
     Returns:
@@ -87,8 +95,9 @@ def load_model(
     Raises:
         CheckpointError: A tensor has no place in the model, another shape, or is missing from
             the file. Nothing was changed then.
+        FormatError: An unknown `compute`.
     """
-    fill(model, open_checkpoint(src, repair), compute_dtype)
+    fill(model, open_checkpoint(src, repair), compute_dtype, compute)
     return model
 
 
@@ -151,4 +160,7 @@ def _quantization(layers: dict[str, QuantizedModule], dense: list[str]) -> dict[
     described: dict[str, Any] = json.loads(text)
     if "compute_dtype" in described and example.compute_dtype is not None:
         described["compute_dtype"] = str(example.compute_dtype).removeprefix("torch.")
+    if described["quant_method"] == _METHOD:  # bitsandbytes' entry has no such field
+        linear = (m for m in layers.values() if isinstance(m, QuantizedLinear) and m.format == main)
+        described["compute"] = next((module.compute for module in linear), None)
     return described

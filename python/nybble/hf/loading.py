@@ -94,7 +94,7 @@ class Deserialize(_Operation):
         if len(tensors) == 1:
             return {name: self._dense(model, path, value) for name, value in tensors.items()}
         q = _read(tensors, full_layer_name, self.hf_quantizer.repair)
-        return {"weight": place(model, path, q).weight}
+        return {"weight": place(model, path, q, self.hf_quantizer.compute).weight}
 
     def _dense(self, model: nn.Module, path: str, weight: torch.Tensor) -> torch.Tensor:
         module = model.get_submodule(path)
@@ -154,14 +154,17 @@ def _read(tensors: dict[str, torch.Tensor], name: str, repair: bool) -> QTensor:
         raise CheckpointError(f"'{name}': {error}") from error
 
 
-def place(model: nn.Module, path: str, q: QTensor) -> QuantizedModule:
-    """Let the module at this place hold `q`; one of another kind is replaced."""
+def place(model: nn.Module, path: str, q: QTensor, compute: str | None = None) -> QuantizedModule:
+    """Let the module at this place hold `q`; one of another kind is replaced.
+
+    `compute` is for a module that was dense.
+    """
     shape = weight_shape(model.get_submodule(path))
     if shape != tuple(q.shape):
         raise CheckpointError(
             f"'{path}.weight' has shape {list(q.shape)} in the checkpoint and"
             f" {list(shape)} in the model; the config is not this checkpoint's"
         )
-    module = hold_weight(model, path, q)
+    module = hold_weight(model, path, q, compute=compute)
     module._is_hf_initialized = True  # type: ignore[assignment]
     return module

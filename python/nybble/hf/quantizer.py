@@ -45,6 +45,7 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.coverage: Coverage | None = None
         self._has_experts = False
         self.reference: str | None = None  # whose bytes quantizing must give, as in nybble.quantize
+        self.compute: str | None = None  # of layers that only the checkpoint says are quantized
         self.repair = False  # whether the checkpoint has weights that bitsandbytes damaged
 
     @property
@@ -113,7 +114,7 @@ class NybbleHfQuantizer(HfQuantizer):  # type: ignore[misc]
             found = checks.before_loading(checkpoint_files)
             self.repair = bool(found.damaged)
             wanted = replace(wanted, experts=found.quantized_experts)
-        self.reference = wanted.reference
+        self.reference, self.compute = wanted.reference, wanted.compute
         self.coverage = choice.apply(wanted, model)
         self._has_experts = any(isinstance(m, QuantizedExperts) for m in model.modules())
         if self.pre_quantized:

@@ -25,7 +25,8 @@ def save_bitsandbytes(model: Any, dst: str | os.PathLike[str], **kwargs: Any) ->
     """Save a quantized transformers model as transformers does with bitsandbytes.
 
     The tensors and `config.json` are those that bitsandbytes would have written for the same
-    quantized weights, so it can load them.
+    quantized weights, so it can load them. They have no field for `compute`, so what is loaded
+    from them computes exactly; `save_pretrained` of a model with a `NybbleConfig` keeps it.
 
     Args:
         model: A `PreTrainedModel` with quantized layers, however they came to be.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nybble import reference
+from nybble import integer, reference
 from nybble.nn.embedding import embedding_class
 from nybble.nn.linear import linear_class
 from nybble.nn.quantized import QuantizedModule
@@ -39,8 +39,7 @@ class Choice:
     @property
     def computable(self) -> str | None:
         """`compute`, where the codes of the format are integers; None elsewhere."""
-        row = reference.spec(self.format)
-        return self.compute if row["bits"] == 4 or row["decode"] == "integer" else None
+        return integer.where_possible(self.compute, self.format)
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of a layer's `from_...` constructor."""

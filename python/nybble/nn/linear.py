@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from nybble import integer, ops, products
+from nybble import integer, products
 from nybble.errors import FormatError
 from nybble.functional import autocast, quantize
 from nybble.nn.quantized import QuantizedModule, empty_quantized
@@ -22,7 +22,10 @@ class QuantizedLinear(QuantizedModule):
 
     Attributes:
         compute: None computes with the decoded weight; "int8" rounds activations to signed bytes
-            and multiplies integers, as `nybble.linear` describes.
+            and multiplies integers, as `nybble.linear` describes. It belongs to the module:
+            copies, pickles and moved modules have it, and loading another weight leaves it as
+            it is, unless the codes of that are no integers (dynamic8), which makes it None.
+            State dicts have bitsandbytes' keys, which do not say it.
     """
 
     bias: nn.Parameter | None
@@ -121,6 +124,11 @@ class QuantizedLinear(QuantizedModule):
         module.train(linear.training)
         return module
 
+    def hold(self, q: QTensor) -> None:
+        """Take over a quantized weight; `compute` becomes None if its codes are no integers."""
+        super().hold(q)
+        self.compute = integer.where_possible(self.compute, q.format)
+
     @property
     def in_features(self) -> int:
         """Length of a row of the weight."""
@@ -149,7 +157,7 @@ class QuantizedLinear(QuantizedModule):
         bias, how = parameters["bias"], (self.format, self.blocksize, self.shape)
         if self.compute is None:
             return products.linear(x, *parts, bias, *how, self._memo)
-        return integer.linear(x, *parts, bias, *how)
+        return integer.linear(x, *parts, bias, *how, self._memo)
 
     def extra_repr(self) -> str:
         """Describe the weight and the arithmetic in one line."""
@@ -251,7 +259,12 @@ class Linear8bit(QuantizedLinear):
             return super()._product(x)
         if self.format != "int8":
             raise FormatError(f"a threshold belongs to int8 weights; this one is {self.format}")
-        return ops.int8_linear(x, self.weight, self.absmax, self.bias, float(self.threshold))
+        parameters = self._parameters  # as above
+        weight, absmax = parameters["weight"], self._buffers["absmax"]
+        assert weight is not None
+        assert absmax is not None
+        threshold = float(self.threshold)
+        return integer.llm_int8(x, weight, absmax, parameters["bias"], threshold, self._memo)
 
     def extra_repr(self) -> str:
         """Describe the weight in one line."""

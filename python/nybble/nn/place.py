@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from nybble import reference
+from nybble import integer, reference
 from nybble.nn.embedding import QuantizedEmbedding, embedding_class
 from nybble.nn.linear import QuantizedLinear, linear_class
 from nybble.nn.quantized import QuantizedModule
@@ -28,7 +28,11 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def hold_weight(
-    model: nn.Module, path: str, q: QTensor, compute_dtype: torch.dtype | None = None
+    model: nn.Module,
+    path: str,
+    q: QTensor,
+    compute_dtype: torch.dtype | None = None,
+    compute: str | None = None,
 ) -> QuantizedModule:
     """Let the module at `path` hold `q`, which shares its memory.
 
@@ -39,6 +43,8 @@ def hold_weight(
         path: A linear layer or an embedding in it.
         q: The weight, of the shape that `weight_shape` says.
         compute_dtype: Dtype of products of a layer that was dense.
+        compute: "int8" for products of integers of a layer that was dense, where the codes are
+            integers.
     """
     module = model.get_submodule(path)
     old = module if isinstance(module, QuantizedModule) else None
@@ -58,9 +64,12 @@ def hold_weight(
         made = embedding_class(bits).from_qtensor(q, padding, compute_dtype=compute_dtype)
     else:
         bias = getattr(module, "bias", None)
-        made = linear_class(bits).from_qtensor(q, bias, compute_dtype=compute_dtype)
-        if isinstance(module, QuantizedLinear) and bits == 4:
-            made.compute = module.compute
+        if isinstance(module, QuantizedLinear):
+            compute = module.compute
+        compute = integer.where_possible(compute, q.format)
+        made = linear_class(bits).from_qtensor(
+            q, bias, compute_dtype=compute_dtype, compute=compute
+        )
         made.transposed = (
             module.transposed
             if isinstance(module, QuantizedLinear)

@@ -5,7 +5,6 @@ use super::{Cpu, Kernels, Lanes, RUN};
 use crate::error::{Error, Result};
 use crate::format::Decode;
 use crate::pack::check_len;
-use crate::quant::rowwise;
 use crate::tensor::{QTensor, Scales};
 
 impl Cpu {

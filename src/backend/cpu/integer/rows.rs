@@ -18,6 +18,9 @@ pub const TILE: usize = 4;
 /// the panels of [`super::panels`], whose activations need not be read anew for each few rows.
 pub const TOKENS: usize = 32;
 
+/// Bytes of the weight that are on their way from memory, at least.
+const AHEAD: usize = 12 * 1024;
+
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
@@ -93,7 +96,7 @@ fn four_group<D: Dot, const M: usize, const B: usize, const R: usize>(
     assert!(scales.len() >= R * blocks && x.codes.len() >= M * x.stride);
     assert!(x.stride >= vectors * span && x.starts.len() >= M * vectors * D::LANES);
     assert!(x.scales.len() >= M * x.groups && x.groups * of_group >= vectors);
-    let behind = packed.as_ptr().wrapping_add(R * of_row);
+    let behind = packed.as_ptr().wrapping_add((R * of_row).max(AHEAD));
     for line in 0..(R * blocks * size_of::<f32>()).div_ceil(LINE) {
         let next = scales.as_ptr().wrapping_add(R * blocks);
         d.prefetch_far(next.cast::<u8>().wrapping_add(line * LINE));
@@ -260,7 +263,7 @@ fn eight_tile<D: Dot, const M: usize, const R: usize>(
     let weights = job.weight[row * columns..(row + R) * columns].as_ptr().cast::<u8>();
     assert!(x.codes.len() >= (first + M) * x.stride && x.stride >= vectors * bytes);
     let codes = x.codes[first * x.stride..].as_ptr().cast::<u8>();
-    let behind = weights.wrapping_add((R + ahead.start) * columns);
+    let behind = weights.wrapping_add((R * columns).max(AHEAD) + ahead.start * columns);
     let mut sums = [[d.splat_int(0); M]; R];
     let mut w = [d.splat_int(0); R];
     for v in 0..whole {

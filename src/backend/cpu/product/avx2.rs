@@ -33,6 +33,11 @@ impl Vector for Avx2 {
         <T as Lanes8>::load8(self, unsafe { &*from.cast() })
     }
     #[inline(always)]
+    unsafe fn load_bytes(self, from: *const i8) -> __m256 {
+        // SAFETY: the proof implies AVX2; the caller vouches for eight bytes.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
+    }
+    #[inline(always)]
     unsafe fn store_as<T: Lanes>(self, x: __m256, to: *mut T) {
         // SAFETY: the caller vouches for eight elements.
         <T as Lanes8>::store8(self, x, unsafe { &mut *to.cast() });

@@ -65,6 +65,11 @@ impl Vector for Avx512 {
         <T as Lanes16>::load16(self, unsafe { &*from.cast() })
     }
     #[inline(always)]
+    unsafe fn load_bytes(self, from: *const i8) -> __m512 {
+        // SAFETY: the proof implies AVX-512 F; the caller vouches for sixteen bytes.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
+    }
+    #[inline(always)]
     unsafe fn store_as<T: Lanes>(self, x: __m512, to: *mut T) {
         // SAFETY: the caller vouches for sixteen elements.
         <T as Lanes16>::store16(self, x, unsafe { &mut *to.cast() });

@@ -51,6 +51,11 @@ impl Vector for Avx512Ext {
         unsafe { self.base().load_as(from) }
     }
     #[inline(always)]
+    unsafe fn load_bytes(self, from: *const i8) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe { self.base().load_bytes(from) }
+    }
+    #[inline(always)]
     unsafe fn store_as<T: Lanes>(self, x: __m512, to: *mut T) {
         // SAFETY: the caller's.
         unsafe { self.base().store_as(x, to) }

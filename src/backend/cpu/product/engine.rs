@@ -9,6 +9,7 @@ use super::super::{
     avx512::{Avx512, Avx512Ext},
 };
 use super::ahead::Ahead;
+use super::bytes::{self, Bytes};
 use super::down::Down;
 use super::few::Few;
 use super::lanes::Dot;
@@ -36,6 +37,8 @@ pub trait Engine: Down + Send + Sync {
     );
     /// [`stretch::panels`]
     fn panels(self, stretch: &Stretch<'_>, run: &Run<'_>, chunk: usize, panels: &mut [u32]);
+    /// [`bytes::rows`]
+    fn byte_rows(self, bytes: &Bytes<'_>, first: usize, out: &mut [f32]);
     /// [`dense::row`]
     fn dense_row(self, weights: &[f32], x: &[f32], out: &mut [f32]);
     /// [`dense::finish`]
@@ -138,6 +141,13 @@ macro_rules! engine {
                 }
                 $call!(inner(self, stretch, run, chunk, panels));
             }
+            fn byte_rows(self, bytes: &Bytes<'_>, first: usize, out: &mut [f32]) {
+                $(#[$enable])?
+                fn inner(d: $isa, bytes: &Bytes<'_>, first: usize, out: &mut [f32]) {
+                    bytes::rows(d, bytes, first, out);
+                }
+                $call!(inner(self, bytes, first, out));
+            }
             fn dense_row(self, weights: &[f32], x: &[f32], out: &mut [f32]) {
                 $(#[$enable])?
                 fn inner(d: $isa, weights: &[f32], x: &[f32], out: &mut [f32]) {
@@ -173,8 +183,8 @@ engine!(Portable, plain);
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod vectors {
     use super::{
-        Ahead, Dot, Engine, Few, Gradients, Lanes, Many, Panel, Run, Scratch, Stretch, dense, few,
-        many, stretch, tiles,
+        Ahead, Bytes, Dot, Engine, Few, Gradients, Lanes, Many, Panel, Run, Scratch, Stretch,
+        bytes, dense, few, many, stretch, tiles,
     };
     #[cfg(target_arch = "x86_64")]
     use super::{Avx2, Avx512, Avx512Ext};

@@ -30,6 +30,20 @@ pub trait Vector: Copy {
     /// # Safety
     /// `LANES` elements can be read at `from`.
     unsafe fn load_as<T: Lanes>(self, from: *const T) -> Self::F;
+    /// `LANES` signed bytes, as numbers.
+    ///
+    /// # Safety
+    /// `LANES` bytes can be read at `from`.
+    #[inline(always)]
+    unsafe fn load_bytes(self, from: *const i8) -> Self::F {
+        let mut wide = [0f32; 16];
+        for (i, wide) in wide.iter_mut().take(Self::LANES).enumerate() {
+            // SAFETY: the caller's.
+            *wide = f32::from(unsafe { from.add(i).read() });
+        }
+        // SAFETY: no machine has more than sixteen lanes.
+        unsafe { self.load(wide.as_ptr()) }
+    }
     /// Rounds to nearest, ties to even.
     ///
     /// # Safety

@@ -13,6 +13,7 @@ mod avx512;
 mod backward;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
+mod bytes;
 mod dense;
 mod down;
 #[cfg(target_arch = "x86_64")]
@@ -31,6 +32,7 @@ mod portable;
 mod stretch;
 mod tiles;
 
+use self::bytes::Bytes;
 use self::engine::Engine;
 use self::few::{FEW, Few};
 pub(super) use self::lanes::Vector;
@@ -197,6 +199,17 @@ impl<T> Job<'_, T> {
         }
     }
 
+    /// Codes and scales, where rows are signed bytes with a scale each.
+    fn bytes(&self) -> Option<(&[i8], &[f32])> {
+        let layout = self.q.layout();
+        match (layout.format.spec().decode, self.q.scales()) {
+            (Decode::Int8, Scales::Plain(absmax)) if layout.blocksize == self.columns => {
+                Some((bytemuck::cast_slice(self.q.packed()), absmax))
+            }
+            _ => None,
+        }
+    }
+
     fn threads(&self, m: usize) -> usize {
         let products = self.rows.saturating_mul(self.columns).saturating_mul(m);
         self.cpu.threads.min(products / WORTH).max(1)
@@ -218,7 +231,10 @@ fn linear<D: Engine, T: Lanes>(d: D, job: &Job<'_, T>, out: &Out<'_, T>) {
         let out = out.below(first);
         match job.codebook() {
             Some(values) if m <= FEW => few_rows(d, job, values, x, m, &out),
-            None if m <= FEW => dense_rows(d, job, x, m, &out),
+            None if m <= FEW => match job.bytes() {
+                Some(weight) => byte_rows(d, job, weight, x, m, &out),
+                None => dense_rows(d, job, x, m, &out),
+            },
             codebook => many_rows(d, job, codebook, x, m, &out),
         }
     }
@@ -307,6 +323,28 @@ fn finish<D: Engine, T: Lanes>(
         // SAFETY: every part of the work writes columns of its own.
         d.finish(sums, bias, unsafe { out.part(i, first, count) });
     }
+}
+
+fn byte_rows<D: Engine, T: Lanes>(
+    d: D,
+    job: &Job<'_, T>,
+    (codes, absmax): (&[i8], &[f32]),
+    x: &[T],
+    m: usize,
+    out: &Out<'_, T>,
+) {
+    let columns = job.columns;
+    let mut wide = Aligned::zeroed(x.len());
+    d.widen(x, &mut wide);
+    let bytes = Bytes { codes, absmax, columns, m, x: &wide };
+    let rows = (PART / columns).clamp(1, job.rows);
+    threads::share_runs(job.threads(m), job.rows.div_ceil(rows), |part| {
+        let first = part * rows;
+        let count = rows.min(job.rows - first);
+        let mut sums = vec![0.0; count * m];
+        d.byte_rows(&bytes, first, &mut sums);
+        finish(d, job.bias, &sums, m, first, count, out);
+    });
 }
 
 fn dense_rows<D: Engine, T: Lanes>(d: D, job: &Job<'_, T>, x: &[T], m: usize, out: &Out<'_, T>) {

@@ -49,7 +49,8 @@ class Linear4bit(Stored4bit, nn.Linear):
 
     It is made with a weight of floats, which is quantized when the layer is moved to a device
     (also to the CPU) or first used. Nothing is repacked or cast later: a forward pass changes
-    neither weight nor bias.
+    neither weight nor bias. Products are exact, as there; `compute="int8"` belongs to
+    `nybble.nn.Linear4bit`.
     """
 
     quant_state: QuantState | None
