@@ -97,7 +97,6 @@ macro_rules! dot {
                 }
             }
         }
-
     };
 }
 
