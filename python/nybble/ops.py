@@ -22,6 +22,9 @@ from nybble.errors import DeviceError, DtypeError, FormatError
 # Whether torch's "cuda" means CUDA. With ROCm it does not, and the ops stay plain torch code.
 HAS_CUDA = torch.version.hip is None
 
+# What kernels take activations in, and decode to.
+FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset"
 _HOW = "str format, int blocksize, SymInt[] shape"
 

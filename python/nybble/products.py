@@ -18,7 +18,7 @@ from nybble._memory import memory, optional_memory
 from nybble.cuda import place
 from nybble.cuda import products as cuda
 
-_FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_FLOATS = ops.FLOATS
 
 
 def _linear_cpu(

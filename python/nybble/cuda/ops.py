@@ -12,8 +12,6 @@ from nybble._memory import memory, optional_memory
 from nybble.cuda import place
 from nybble.errors import DeviceError
 
-FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
-
 
 def quantize(
     x: Tensor, format: str, blocksize: int, nested: bool, reference: str, nonfinite: str
@@ -75,7 +73,7 @@ def dequantize(
 ) -> Tensor:
     """`nybble::dequantize`."""
     weight = (packed, absmax, nested_absmax, nested_offset, format, blocksize, list(shape))
-    if dtype not in FLOATS:
+    if dtype not in ops.FLOATS:
         return reference.dequantize(*weight, dtype)
     out = packed.new_empty(tuple(shape), dtype=dtype)
     place.weight(*weight).dequantize(memory(out), 0, place.where(packed))
@@ -116,7 +114,7 @@ def embedding(
     weight = (packed, absmax, nested_absmax, nested_offset, format, blocksize, list(shape))
     rows, columns = shape[0], shape[1:].numel() if isinstance(shape, torch.Size) else shape[1]
     whole_blocks = columns > 0 and columns % blocksize == 0
-    if dtype not in FLOATS or not whole_blocks or ids.numel() == 0:
+    if dtype not in ops.FLOATS or not whole_blocks or ids.numel() == 0:
         return torch.nn.functional.embedding(ids, dequantize(*weight, dtype))
     place.check_together(packed, absmax, nested_absmax, nested_offset)
     if packed.dtype not in (torch.uint8, torch.int8):

@@ -17,7 +17,6 @@ from torch import Tensor
 from nybble import _core, ops, reference
 from nybble._memory import memory, name_of, optional_memory
 from nybble.cuda import place
-from nybble.cuda.ops import FLOATS
 
 #: Bytes of the weight that are decoded at a time.
 SCRATCH = 32 << 20
@@ -46,7 +45,7 @@ def linear(
     ops.check_product(x, shape)
     parts = (packed, absmax, nested_absmax, nested_offset)
     how = (format, blocksize, list(shape))
-    if x.dtype not in FLOATS:
+    if x.dtype not in ops.FLOATS:
         return reference.linear(x, *parts, bias, *how)
     return product(place.weight(*parts, *how), x, packed, bias, *how)
 
@@ -97,7 +96,7 @@ def linear_backward(
     """`nybble::linear_backward`."""
     parts = (packed, absmax, nested_absmax, nested_offset)
     how = (format, blocksize, list(shape))
-    if grad.dtype not in FLOATS:
+    if grad.dtype not in ops.FLOATS:
         return reference.linear_backward(grad, *parts, *how)
     return gradient(place.weight(*parts, *how), grad, packed, *how)
 
@@ -111,9 +110,9 @@ def gradient(
     shape: Sequence[int],
 ) -> Tensor:
     """`grad @ weight` for a weight that was described. Several chunks are summed in float32."""
-    place.check_together(packed, grad.contiguous())
     n, k = shape
-    grad2 = grad.reshape(-1, n)
+    grad2 = grad.contiguous().view(math.prod(grad.shape[:-1]), n)
+    place.check_together(packed, grad2)
     decoded_rows = _decoded(weight, grad, place.where(packed), format, blocksize, shape)
     sums = [torch.mm(grad2[:, chunk], decoded) for chunk, decoded in _first(decoded_rows)]
     total = sums[0] if sums else grad2.new_zeros(len(grad2), k)
@@ -170,7 +169,7 @@ def rows_at_a_time(format: str, blocksize: int, shape: Sequence[int], itemsize: 
 def _contiguous(bias: Tensor | None) -> Tensor | None:
     if bias is None:
         return None
-    return (bias if bias.dtype in FLOATS else bias.float()).contiguous()
+    return (bias if bias.dtype in ops.FLOATS else bias.float()).contiguous()
 
 
 # --- LLM.int8() -----------------------------------------------------------------------------
@@ -183,7 +182,7 @@ def int8_linear(
     ops.check_product(x, packed.shape)
     n, k = packed.shape
     rows = math.prod(x.shape[:-1])
-    if x.dtype not in FLOATS or rows * n * k == 0:
+    if x.dtype not in ops.FLOATS or rows * n * k == 0:
         return reference.int8_linear(x, packed, absmax, bias, threshold)
     x, bias = x.contiguous(), _contiguous(bias)
     place.check_together(packed, absmax, x, bias)

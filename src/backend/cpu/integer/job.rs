@@ -2,6 +2,7 @@
 
 use super::dot::Dot;
 use super::{Cut, rows};
+use crate::backend::cpu::aligned::LINE;
 use crate::backend::cpu::product::Out;
 use crate::backend::cpu::threads::share;
 use crate::backend::cpu::{Kernels, Lanes};
@@ -84,7 +85,6 @@ impl Arranged {
 /// The distance of rows: whole cache lines and an odd number of them, so that the same columns of
 /// many rows spread over all sets of a cache.
 pub fn stride(columns: usize, multiple: usize) -> usize {
-    const LINE: usize = 64;
     let lines = columns.next_multiple_of(multiple).div_ceil(LINE);
     (lines | 1) * LINE
 }

@@ -5,7 +5,7 @@ use super::dot::Dot;
 use super::job::{Eight, Four};
 use super::rows::{INVERSE_SQUARE, outlier};
 use crate::backend::cpu::Lanes;
-use crate::backend::cpu::aligned::Aligned;
+use crate::backend::cpu::aligned::{Aligned, LINE};
 use crate::backend::cpu::product::Out;
 use crate::quant::integer::GROUP;
 
@@ -14,9 +14,6 @@ const DEPTH: usize = 1024;
 
 /// Rows of activations that one call takes; what they need of the cache at a depth is half of it.
 pub const TOKENS: usize = 512;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// The piece of the weight that is decoded next, fetched into the second-level cache bit by bit
 /// while the one at hand is multiplied: rows are read in short pieces, which the processor does not

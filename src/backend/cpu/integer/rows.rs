@@ -8,6 +8,8 @@ use std::ops::Range;
 
 use super::dot::Dot;
 use super::job::{Eight, Four};
+use crate::backend::cpu::aligned::LINE;
+use crate::backend::cpu::product::AHEAD;
 use crate::quant::integer::GROUP;
 use crate::quant::rowwise::INVERSE_QMAX;
 
@@ -17,12 +19,6 @@ pub const TILE: usize = 4;
 /// The most rows of activations for which an int8 weight is read as it lies. More of them pay for
 /// the panels of [`super::panels`], whose activations need not be read anew for each few rows.
 pub const TOKENS: usize = 32;
-
-/// Bytes of the weight that are on their way from memory, at least.
-const AHEAD: usize = 12 * 1024;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// Multiplies rows of a four-bit weight by all, at most [`TILE`], rows of activations. `out` gets a
 /// product for each of them, row by row of the weight.

@@ -3,6 +3,7 @@
 //! Many fetches at once would leave no room for those of the work at hand.
 
 use super::lanes::Dot;
+use crate::backend::cpu::aligned::LINE;
 
 /// Packed rows and their scales.
 #[derive(Clone, Copy)]
@@ -11,8 +12,8 @@ pub struct Ahead<'a> {
     scales: &'a [u8],
 }
 
-/// Bytes of a cache line.
-const LINE: usize = 64;
+/// Bytes of a weight that are on their way from memory while few rows are multiplied with it.
+pub const AHEAD: usize = 12 * 1024;
 
 impl<'a> Ahead<'a> {
     /// No memory.

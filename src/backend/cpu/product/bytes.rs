@@ -1,15 +1,11 @@
 //! Few rows of activations and a weight of signed bytes with a scale for each row, which is read
 //! as it lies in memory. The scale is applied to the sum over the row.
 
+use super::ahead::AHEAD;
 use super::few::FEW;
 use super::lanes::Vector;
+use crate::backend::cpu::aligned::LINE;
 use crate::quant::rowwise::INVERSE_QMAX;
-
-/// Bytes of the weight that are on their way from memory.
-const AHEAD: usize = 12 * 1024;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// A product of up to [`FEW`] rows with a weight of signed bytes.
 pub struct Bytes<'a> {

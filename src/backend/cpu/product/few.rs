@@ -3,6 +3,7 @@
 //! The weight is read once and decoded in registers. A scale is applied to the sum over its
 //! block.
 
+use super::ahead::AHEAD;
 use super::lanes::{CODES, Dot};
 
 /// The most rows of activations that share one pass over the weight.
@@ -11,10 +12,7 @@ pub const FEW: usize = 4;
 /// Bytes of activations that stay in the first-level cache beside a stream of weights.
 const HOT: usize = 32 * 1024;
 
-/// Bytes of codes that are on their way from memory meanwhile.
-const AHEAD: usize = 12 * 1024;
-
-/// The same behind the next rows, where activations leave less room.
+/// As [`AHEAD`], but behind the next rows, where activations leave less room.
 const FAR: usize = 4096;
 
 /// The most blocks that share a chunk: 128 codes in blocks of 32.

@@ -32,6 +32,7 @@ mod portable;
 mod stretch;
 mod tiles;
 
+pub(super) use self::ahead::AHEAD;
 use self::bytes::Bytes;
 use self::engine::Engine;
 use self::few::{FEW, Few};
@@ -40,7 +41,7 @@ use self::many::{Codes, Many, Scratch, Source};
 use self::narrow::{Narrow, narrow};
 pub(super) use self::out::Out;
 use self::portable::Portable;
-use super::aligned::Aligned;
+use super::aligned::{Aligned, LINE};
 use super::{Cpu, Isa, Lanes, threads};
 use crate::dtype::{Dtype, Element};
 use crate::error::{Error, Result};
@@ -59,9 +60,6 @@ const PART: usize = 64 * 1024;
 
 /// Bytes of a page, and of the distance at which lines share a set of the first-level cache.
 const PAGE: usize = 4096;
-
-/// Bytes of a line of the cache.
-const LINE: usize = 64;
 
 /// A product, checked.
 struct Job<'a, T> {
