@@ -44,28 +44,37 @@ impl<'a> Ahead<'a> {
 
     /// Everything in `count` steps.
     pub fn steps(self, count: usize) -> Steps<'a> {
-        let share = |bytes: &[u8]| bytes.len().div_ceil(count.max(1)).next_multiple_of(LINE);
-        Steps { each: [share(self.packed), share(self.scales)], rest: [self.packed, self.scales] }
+        let stream = |bytes: &'a [u8]| {
+            let lines = bytes.len().div_ceil(LINE).div_ceil(count.max(1));
+            Stream { bytes, at: 0, lines }
+        };
+        Steps([stream(self.packed), stream(self.scales)])
     }
 }
 
 /// What is left to fetch.
-pub struct Steps<'a> {
-    rest: [&'a [u8]; 2],
-    /// Bytes of a step.
-    each: [usize; 2],
+pub struct Steps<'a>([Stream<'a>; 2]);
+
+/// Bytes that follow one another.
+struct Stream<'a> {
+    bytes: &'a [u8],
+    /// The next line.
+    at: usize,
+    /// Lines of a step.
+    lines: usize,
 }
 
 impl Steps<'_> {
-    /// Fetches the next lines.
+    /// Fetches the next lines. Every step takes as many, whether there are any left or not: a
+    /// branch that depends on it would cost more than a fetch.
     #[inline(always)]
     pub fn fetch<D: Dot>(&mut self, d: D) {
-        for (rest, each) in self.rest.iter_mut().zip(self.each) {
-            let (now, later) = rest.split_at(each.min(rest.len()));
-            for line in now.chunks(LINE) {
-                d.prefetch_far(line.as_ptr());
+        for stream in &mut self.0 {
+            for _ in 0..stream.lines {
+                let at = stream.at.min(stream.bytes.len());
+                d.prefetch_far(stream.bytes.as_ptr().wrapping_add(at));
+                stream.at += LINE;
             }
-            *rest = later;
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Tiles of results in registers: some rows of activations times a panel of weights.
 
+use std::sync::atomic::{Ordering, compiler_fence};
+
 use super::ahead::{Ahead, Steps};
 use super::lanes::{CODES, Dot, panel_rows};
 
@@ -226,6 +228,10 @@ impl<D: Dot, const H: usize> Sums<D, H> {
     /// There are [`panel_rows`] scales.
     #[inline(always)]
     unsafe fn add(&mut self, d: D, scales: &[f32], dot: [[D::F; 2]; H]) {
+        if !Self::HELD {
+            // Else the compiler carries these sums to the next segment through the stack.
+            compiler_fence(Ordering::SeqCst);
+        }
         // SAFETY: the caller's, and that of `new`.
         unsafe {
             let (a, b) = (d.load(scales.as_ptr()), d.load(scales.as_ptr().add(D::LANES)));
