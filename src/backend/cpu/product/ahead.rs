@@ -5,76 +5,89 @@
 use super::lanes::Dot;
 use crate::backend::cpu::aligned::LINE;
 
-/// Packed rows and their scales.
-#[derive(Clone, Copy)]
-pub struct Ahead<'a> {
-    packed: &'a [u8],
-    scales: &'a [u8],
-}
-
 /// Bytes of a weight that are on their way from memory while few rows are multiplied with it.
 pub const AHEAD: usize = 12 * 1024;
 
+/// A part of packed rows, and scales.
+#[derive(Clone, Copy)]
+pub struct Ahead<'a> {
+    /// From the first byte of the part in its first row on.
+    packed: &'a [u8],
+    row_bytes: usize,
+    rows: usize,
+    /// Bytes of a row in the part.
+    width: usize,
+    scales: &'a [u8],
+}
+
 impl<'a> Ahead<'a> {
     /// No memory.
-    pub const NOTHING: Self = Self { packed: &[], scales: &[] };
+    pub const NOTHING: Self = Self { packed: &[], row_bytes: 0, rows: 0, width: 0, scales: &[] };
 
-    /// `rows` rows of `row_bytes` packed bytes and `scale_bytes` of scales from row `first` on, or
-    /// as many as there are.
+    /// `width` bytes of each of `rows` packed rows of `row_bytes`, from byte `at` of row `first`
+    /// on, or of as many rows as there are, and scales.
     pub fn new(
         (packed, row_bytes): (&'a [u8], usize),
-        (scales, scale_bytes): (&'a [u8], usize),
-        first: usize,
-        rows: usize,
+        (first, rows): (usize, usize),
+        (at, width): (usize, usize),
+        scales: &'a [u8],
     ) -> Self {
-        let cut = |bytes: &'a [u8], row: usize| {
-            let rest = bytes.get(first * row..).unwrap_or_default();
-            &rest[..rest.len().min(rows * row)]
-        };
-        Self { packed: cut(packed, row_bytes), scales: cut(scales, scale_bytes) }
-    }
-
-    /// The share of `width` of `columns` columns.
-    pub fn part(self, k: usize, width: usize, columns: usize) -> Self {
-        let cut = |bytes: &'a [u8]| {
-            &bytes[bytes.len() * k / columns..bytes.len() * (k + width) / columns]
-        };
-        Self { packed: cut(self.packed), scales: cut(self.scales) }
+        let rows = rows.min((packed.len() / row_bytes.max(1)).saturating_sub(first));
+        let packed = packed.get(first * row_bytes + at..).unwrap_or_default();
+        Self { packed, row_bytes, rows, width, scales }
     }
 
     /// Everything in `count` steps.
     pub fn steps(self, count: usize) -> Steps<'a> {
-        let stream = |bytes: &'a [u8]| {
-            let lines = bytes.len().div_ceil(LINE).div_ceil(count.max(1));
-            Stream { bytes, at: 0, lines }
-        };
-        Steps([stream(self.packed), stream(self.scales)])
+        let steps = |lines: usize| lines.div_ceil(count.max(1));
+        let of_row = self.width.div_ceil(LINE);
+        Steps {
+            row: self.packed.as_ptr(),
+            row_bytes: self.row_bytes,
+            at: 0,
+            width: self.width,
+            lines: self.rows * of_row,
+            each: steps(self.rows * of_row),
+            scales: self.scales,
+            each_scales: steps(self.scales.len().div_ceil(LINE)) * LINE,
+        }
     }
 }
 
 /// What is left to fetch.
-pub struct Steps<'a>([Stream<'a>; 2]);
-
-/// Bytes that follow one another.
-struct Stream<'a> {
-    bytes: &'a [u8],
-    /// The next line.
+pub struct Steps<'a> {
+    /// The first byte of the part in the row at hand.
+    row: *const u8,
+    row_bytes: usize,
+    /// The next byte of it.
     at: usize,
-    /// Lines of a step.
+    width: usize,
+    /// Lines that are left, and those of a step.
     lines: usize,
+    each: usize,
+    scales: &'a [u8],
+    /// Bytes of a step.
+    each_scales: usize,
 }
 
 impl Steps<'_> {
-    /// Fetches the next lines. Every step takes as many, whether there are any left or not: a
-    /// branch that depends on it would cost more than a fetch.
+    /// Fetches the next lines.
     #[inline(always)]
     pub fn fetch<D: Dot>(&mut self, d: D) {
-        for stream in &mut self.0 {
-            for _ in 0..stream.lines {
-                let at = stream.at.min(stream.bytes.len());
-                d.prefetch_far(stream.bytes.as_ptr().wrapping_add(at));
-                stream.at += LINE;
+        for _ in 0..self.each.min(self.lines) {
+            d.prefetch_far(self.row.wrapping_add(self.at));
+            self.at += LINE;
+            if self.at >= self.width {
+                (self.row, self.at) = (self.row.wrapping_add(self.row_bytes), 0);
             }
+            self.lines -= 1;
+        }
+        if !self.scales.is_empty() {
+            let (now, later) = self.scales.split_at(self.each_scales.min(self.scales.len()));
+            for line in now.chunks(LINE) {
+                d.prefetch_far(line.as_ptr());
+            }
+            self.scales = later;
         }
     }
 }

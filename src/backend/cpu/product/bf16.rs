@@ -67,6 +67,18 @@ impl Vector for Avx512Ext {
     }
 }
 
+/// Where the halves of pairs are in two vectors behind one another.
+const PAIRS: [u16; 32] = {
+    let mut places = [0; 32];
+    let mut i = 0;
+    while i < 16 {
+        places[2 * i] = i as u16;
+        places[2 * i + 1] = i as u16 + 16;
+        i += 1;
+    }
+    places
+};
+
 /// Pairs of bf16 in each lane of sixteen.
 #[inline(always)]
 pub(super) fn pairs(x: __m512i) -> __m512bh {
@@ -124,6 +136,21 @@ impl Dot for Avx512Ext {
     #[inline(always)]
     fn scaled(self, values: Self::Values, _: Self::F) -> Self::Values {
         values
+    }
+    /// 512 products take longer than to decode once; below, codes are decoded for each tile.
+    const ROUNDED_FROM: usize = 256;
+    #[inline(always)]
+    fn rounded(self, values: &[f32; 16], words: __m512i, scales: __m512) -> __m512bh {
+        // SAFETY: the proof implies AVX-512 F, BW and BF16; `values` is sixteen numbers. The
+        // permutation of numbers reads four bits of an index; that of halves puts those of the
+        // upper codes beside those of the lower ones.
+        unsafe {
+            let table = _mm512_loadu_ps(values.as_ptr());
+            let value = |codes| _mm512_mul_ps(_mm512_permutexvar_ps(codes, table), scales);
+            let (low, high) = (value(words), value(_mm512_srli_epi32::<16>(words)));
+            let halves = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+            pairs(_mm512_permutexvar_epi16(_mm512_loadu_si512(PAIRS.as_ptr().cast()), halves))
+        }
     }
     #[inline(always)]
     fn first(self, a: __m512bh, b: __m512bh) -> __m512 {

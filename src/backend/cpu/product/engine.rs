@@ -23,8 +23,14 @@ use super::{dense, few, many};
 pub trait Engine: Down + Send + Sync {
     /// [`few::rows`]
     fn rows(self, few: &Few<'_, Self::X>, first: usize, scales: &[f32], out: &mut [f32]);
-    /// [`many::strip`]
-    fn strip(self, many: &Many<'_, Self::X>, first: usize, count: usize, to: &mut Scratch<Self::X>);
+    /// [`many::strips`]
+    fn strips(
+        self,
+        many: &Many<'_, Self::X>,
+        first: usize,
+        count: usize,
+        to: &mut Scratch<Self::X>,
+    );
     /// [`tiles::tiles`]
     fn tiles(self, panel: &Panel<'_>, x: &[Self::X], stride: usize, m: usize, sums: &mut [f32]);
     /// [`stretch::few`]
@@ -63,7 +69,7 @@ macro_rules! engine {
                 }
                 $call!(inner(self, few, first, scales, out));
             }
-            fn strip(
+            fn strips(
                 self,
                 many: &Many<'_, Self::X>,
                 first: usize,
@@ -78,7 +84,7 @@ macro_rules! engine {
                     count: usize,
                     to: &mut Scratch<<$isa as Dot>::X>,
                 ) {
-                    many::strip(d, many, first, count, to);
+                    many::strips(d, many, first, count, to);
                 }
                 $call!(inner(self, many, first, count, to));
             }

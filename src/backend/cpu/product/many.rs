@@ -18,8 +18,16 @@ const STRETCH: usize = 2048;
 /// Elements from one row of them to the next: a power of two would share few sets of the cache.
 const DENSE_ROW: usize = STRETCH + 32;
 
-/// Elements of a row of the weight in a panel of codes, which take less room.
-const CODED_WIDTH: usize = 1024;
+/// The same where codes are decoded for each tile and there are only one or two of them: to begin
+/// a panel costs more than what could be done beside its transposition.
+const CODED_WIDTH: usize = 512;
+
+/// Strips of [`panel_rows`] rows that meet a part of the activations while it is near.
+pub const STRIPS: usize = 4;
+
+/// Bytes of such a part: a quarter of a second-level cache of a megabyte, with room for as much
+/// again for the sums of [`STRIPS`].
+const NEAR: usize = 256 * 1024;
 
 /// The most rows of activations for which codes are decoded again for every low tile, while the
 /// sums keep the processor busy, and not once into a panel. For high tiles that is always quicker.
@@ -45,8 +53,16 @@ pub struct Codes<'a> {
     pub factor: f32,
     /// Writes the scales from block `first` on.
     pub scales: &'a (dyn Fn(usize, &mut [f32]) + Sync),
-    /// The bytes of the scales, where a row has many.
-    pub scale_bytes: &'a [u8],
+    /// The scales, where they need no decoding.
+    pub plain: &'a [f32],
+}
+
+impl Codes<'_> {
+    /// The bytes of the scales of `count` rows from `first` on, or of as many as there are.
+    fn scale_bytes(&self, first: usize, count: usize, blocks: usize) -> &[u8] {
+        let rest = self.plain.get(first * blocks..).unwrap_or_default();
+        bytemuck::cast_slice(&rest[..rest.len().min(count * blocks)])
+    }
 }
 
 /// A product of many rows of activations.
@@ -73,107 +89,188 @@ pub struct Scratch<X> {
     row_scales: Aligned<f32>,
     /// The scales of all blocks of the rows, rows in lanes.
     scales: Aligned<f32>,
-    /// Sums: `m` rows of [`panel_rows`].
+    /// Sums: `m` rows of [`panel_rows`] for each strip.
     pub sums: Aligned<f32>,
 }
 
-/// Sums for `count` rows of the weight from `first` on, into `scratch.sums`.
+/// Sums for `count` rows of the weight from `first` on, at most [`STRIPS`] times
+/// [`panel_rows`], into `scratch.sums`: those of one strip of [`panel_rows`] behind those of
+/// another.
 #[inline(always)]
-pub fn strip<D: Dot>(
+pub fn strips<D: Dot>(
     d: D,
     many: &Many<'_, D::X>,
     first: usize,
     count: usize,
     scratch: &mut Scratch<D::X>,
 ) {
-    let (rows, per) = (panel_rows::<D>(), CODES / D::STEPS);
-    scratch.sums.resize(many.m * rows);
+    let rows = panel_rows::<D>();
+    scratch.sums.resize(count.div_ceil(rows) * many.m * rows);
     scratch.sums.fill(0.0);
     match &many.source {
-        Source::Codes(codes) => {
-            lane_scales(d, codes, many.columns, (first, count), scratch);
-            let ahead = {
-                let scale_bytes = many.columns / codes.blocksize * size_of::<f32>();
-                let packed = (codes.packed, many.columns / 2);
-                Ahead::new(packed, (codes.scale_bytes, scale_bytes), first + count, rows)
-            };
-            let high = <Coded<'_> as Tiles<D>>::ROWS == HIGH_TILE;
-            let on_the_fly = D::LATE && (high || many.m <= ON_THE_FLY);
-            let most = if on_the_fly { CODED_WIDTH } else { WIDTH };
-            for k in (0..many.columns).step_by(most) {
-                let width = most.min(many.columns - k);
-                transpose_codes(d, codes, many.columns, (first, count), (k, width), scratch);
-                let segment = codes.blocksize.min(width);
-                let scales = &scratch.scales[k / codes.blocksize * rows..];
-                let coded = Coded {
-                    words: &scratch.words[..width / CODES * rows],
-                    segment: segment / CODES,
-                    scales,
-                    values: codes.values,
-                };
-                let x = &many.x[k..];
-                let ahead = ahead.part(k, width, many.columns);
-                if on_the_fly {
-                    tiles(d, &coded, x, many.stride, many.m, ahead, &mut scratch.sums);
-                } else {
-                    scratch.panel.resize(width / per * rows);
-                    decode(d, &coded, &mut scratch.panel);
-                    let units = &scratch.panel[..];
-                    if D::LATE {
-                        let panel = Unscaled { units, segment: segment / per, scales };
-                        tiles(d, &panel, x, many.stride, many.m, ahead, &mut scratch.sums);
-                    } else {
-                        let panel = Panel { units };
-                        tiles(d, &panel, x, many.stride, many.m, ahead, &mut scratch.sums);
-                    }
-                }
-            }
-        }
+        Source::Codes(codes) => coded_strips(d, many, codes, (first, count), scratch),
         Source::Dense(decode) => {
-            for k in (0..many.columns).step_by(WIDTH) {
-                let width = WIDTH.min(many.columns - k);
-                if k % STRETCH == 0 {
-                    let width = STRETCH.min(many.columns - k);
-                    decode_dense(d, *decode, (first, count), (k, width), scratch);
-                }
-                from_dense(d, k % STRETCH, width, scratch);
-                let panel = Panel { units: &scratch.panel };
-                let (x, ahead) = (&many.x[k..], Ahead::NOTHING);
-                tiles(d, &panel, x, many.stride, many.m, ahead, &mut scratch.sums);
+            for strip in 0..count.div_ceil(rows) {
+                let count = rows.min(count - strip * rows);
+                dense_strip(d, many, *decode, (first + strip * rows, count), strip, scratch);
             }
         }
     }
 }
 
-/// The scales of `count` rows, rows in lanes. Rows that are not there get any.
+/// Columns that are multiplied before the next ones are: for each of the strips the same part of
+/// all rows of activations, which stays in the second-level cache.
+fn depth<D: Dot>(m: usize, most: usize) -> usize {
+    let fit = NEAR / (m * size_of::<D::X>());
+    (fit / WIDTH * WIDTH).clamp(WIDTH, most)
+}
+
+#[inline(always)]
+fn coded_strips<D: Dot>(
+    d: D,
+    many: &Many<'_, D::X>,
+    codes: &Codes<'_>,
+    (first, count): (usize, usize),
+    scratch: &mut Scratch<D::X>,
+) {
+    let (rows, per) = (panel_rows::<D>(), CODES / D::STEPS);
+    let strips = count.div_ceil(rows);
+    let blocks = many.columns / codes.blocksize;
+    let padded = blocks.next_multiple_of(D::LANES);
+    scratch.scales.resize(strips * rows * padded);
+    for strip in 0..strips {
+        let present = rows.min(count - strip * rows);
+        lane_scales(d, codes, blocks, (first, present, strip), scratch);
+    }
+    let table = d.table(&codes.values);
+    let high = <Coded<'_, D> as Tiles<D>>::ROWS == HIGH_TILE;
+    let late = D::LATE && many.m < D::ROUNDED_FROM;
+    let on_the_fly = late && (high || many.m <= ON_THE_FLY);
+    let wide = on_the_fly && many.m <= 2 * HIGH_TILE;
+    let most = depth::<D>(many.m, if wide { CODED_WIDTH } else { WIDTH });
+    let scale_bytes = codes.scale_bytes(first + count, count, blocks);
+    for k in (0..many.columns).step_by(most) {
+        let width = most.min(many.columns - k);
+        for strip in 0..strips {
+            let at = first + strip * rows;
+            let present = rows.min(count - strip * rows);
+            transpose_codes(d, codes, many.columns, (at, present), (k, width), scratch);
+            let segment = codes.blocksize.min(width);
+            let scales = &scratch.scales[strip * rows * padded + k / codes.blocksize * rows..];
+            let coded = Coded {
+                words: &scratch.words[..width / CODES * rows],
+                segment: segment / CODES,
+                scales,
+                table,
+            };
+            let ahead = {
+                // The next strip at these columns, or the first one at the next, or the next rows.
+                let (row, k) = match () {
+                    () if strip + 1 < strips => (at + rows, k),
+                    () if k + width < many.columns => (first, k + width),
+                    () => (first + count, 0),
+                };
+                let width = most.min(many.columns - k);
+                let scales = part(scale_bytes, (k, width), many.columns, (strip, strips));
+                let packed = (codes.packed, many.columns / 2);
+                Ahead::new(packed, (row, rows), (k / 2, width / 2), scales)
+            };
+            let (x, stride, m) = (&many.x[k..], many.stride, many.m);
+            let sums = &mut scratch.sums[strip * m * rows..][..m * rows];
+            if on_the_fly {
+                tiles(d, &coded, x, stride, m, ahead, sums);
+            } else {
+                scratch.panel.resize(width / per * rows);
+                decode(d, &coded, (!late).then_some(&codes.values), &mut scratch.panel);
+                let units = &scratch.panel[..];
+                if late {
+                    let panel = Unscaled { units, segment: segment / per, scales };
+                    tiles(d, &panel, x, stride, m, ahead, sums);
+                } else {
+                    tiles(d, &Panel { units }, x, stride, m, ahead, sums);
+                }
+            }
+        }
+    }
+}
+
+/// The share of `bytes` that belongs to `width` of `columns` columns and one of some strips.
+fn part(
+    bytes: &[u8],
+    (k, width): (usize, usize),
+    columns: usize,
+    (strip, strips): (usize, usize),
+) -> &[u8] {
+    let cut = |strip: usize| bytes.len() * (k * strips + width * strip) / (columns * strips);
+    bytes.get(cut(strip)..cut(strip + 1)).unwrap_or_default()
+}
+
+#[inline(always)]
+fn dense_strip<D: Dot>(
+    d: D,
+    many: &Many<'_, D::X>,
+    decode: &dyn Fn(usize, usize, &mut [D::X]),
+    (first, count): (usize, usize),
+    strip: usize,
+    scratch: &mut Scratch<D::X>,
+) {
+    let rows = panel_rows::<D>();
+    for k in (0..many.columns).step_by(WIDTH) {
+        let width = WIDTH.min(many.columns - k);
+        if k % STRETCH == 0 {
+            let width = STRETCH.min(many.columns - k);
+            decode_dense(d, decode, (first, count), (k, width), scratch);
+        }
+        from_dense(d, k % STRETCH, width, scratch);
+        let panel = Panel { units: &scratch.panel };
+        let (x, stride, m) = (&many.x[k..], many.stride, many.m);
+        let sums = &mut scratch.sums[strip * m * rows..][..m * rows];
+        tiles(d, &panel, x, stride, m, Ahead::NOTHING, sums);
+    }
+}
+
+/// The scales of the `count` rows of a strip, rows in lanes. Rows that are not there get any.
 #[inline(always)]
 fn lane_scales<D: Dot>(
     d: D,
     codes: &Codes<'_>,
-    columns: usize,
-    (first, count): (usize, usize),
+    blocks: usize,
+    (first, count, strip): (usize, usize, usize),
     scratch: &mut Scratch<D::X>,
 ) {
-    let (rows, blocks) = (panel_rows::<D>(), columns / codes.blocksize);
+    let rows = panel_rows::<D>();
     let padded = blocks.next_multiple_of(D::LANES);
     scratch.row_scales.resize(rows * padded);
-    scratch.scales.resize(rows * padded);
-    for r in 0..count {
-        let row = &mut scratch.row_scales[r * padded..][..blocks];
-        (codes.scales)((first + r) * blocks, row);
-        if codes.factor != 1.0 {
-            for scale in row {
-                *scale *= codes.factor;
+    let first = first + strip * rows;
+    let whole = padded == blocks && count == rows;
+    let (from, stride) = match codes.plain.get(first * blocks..(first + rows) * blocks) {
+        Some(scales) if whole => (scales, blocks),
+        _ => {
+            scratch.row_scales.resize(rows * padded);
+            for r in 0..count {
+                let row = &mut scratch.row_scales[r * padded..][..blocks];
+                (codes.scales)((first + r) * blocks, row);
+            }
+            (&scratch.row_scales[..], padded)
+        }
+    };
+    let scales = &mut scratch.scales[strip * rows * padded..][..rows * padded];
+    for half in 0..2 {
+        for block in (0..padded).step_by(D::LANES) {
+            // SAFETY: both squares are inside `rows` rows of `padded` words.
+            unsafe {
+                let from = from.as_ptr().add(half * D::LANES * stride + block);
+                let to = scales.as_mut_ptr().add(block * rows + half * D::LANES);
+                d.transpose(from.cast(), stride, to.cast(), rows);
             }
         }
     }
-    for half in 0..2 {
-        for block in (0..padded).step_by(D::LANES) {
-            // SAFETY: both squares are inside buffers of `rows * padded` words.
+    if codes.factor != 1.0 {
+        for scales in scales.chunks_exact_mut(D::LANES) {
+            // SAFETY: the chunk is a vector.
             unsafe {
-                let from = scratch.row_scales.as_ptr().add(half * D::LANES * padded + block);
-                let to = scratch.scales.as_mut_ptr().add(block * rows + half * D::LANES);
-                d.transpose(from.cast(), padded, to.cast(), rows);
+                let scaled = d.mul(d.load(scales.as_ptr()), d.splat(codes.factor));
+                d.store(scaled, scales.as_mut_ptr());
             }
         }
     }
@@ -223,24 +320,28 @@ fn transpose_codes<D: Dot>(
     }
 }
 
-/// Decodes a panel.
+/// Decodes a panel; scales and rounds with the codebook, if it is given.
 #[inline(always)]
-fn decode<D: Dot>(d: D, coded: &Coded<'_>, panel: &mut [u32]) {
+fn decode<D: Dot>(d: D, coded: &Coded<'_, D>, rounded: Option<&[f32; 16]>, panel: &mut [u32]) {
     let (rows, lanes) = (panel_rows::<D>(), D::LANES);
-    let table = d.table(&coded.values);
-    let words = coded.words.chunks_exact(rows);
-    let segments = coded.scales.chunks_exact(rows);
-    for (i, (word, units)) in words.zip(panel.chunks_exact_mut(D::STEPS * rows)).enumerate() {
-        let Some(scales) = segments.clone().nth(i / coded.segment) else { return };
-        for half in 0..2 {
-            // SAFETY: `rows` words and scales, and as many units of each step.
-            unsafe {
-                let scale = d.load(scales.as_ptr().add(half * lanes));
-                let mut codes = d.words(word.as_ptr().add(half * lanes).cast());
-                for s in 0..D::STEPS {
-                    let values = d.scaled(d.decode(table, codes), scale);
-                    d.store_values(values, units.as_mut_ptr().add(s * rows + half * lanes));
-                    codes = d.next(codes, s);
+    let words = coded.words.chunks(coded.segment * rows);
+    let units = panel.chunks_mut(coded.segment * rows * D::STEPS);
+    for ((words, units), scales) in words.zip(units).zip(coded.scales.chunks_exact(rows)) {
+        let words = words.chunks_exact(rows);
+        for (word, units) in words.zip(units.chunks_exact_mut(D::STEPS * rows)) {
+            for half in 0..2 {
+                // SAFETY: `rows` words and scales, and as many units of each step.
+                unsafe {
+                    let scale = d.load(scales.as_ptr().add(half * lanes));
+                    let mut codes = d.words(word.as_ptr().add(half * lanes).cast());
+                    for s in 0..D::STEPS {
+                        let values = match rounded {
+                            Some(values) => d.rounded(values, codes, scale),
+                            None => d.decode(coded.table, codes),
+                        };
+                        d.store_values(values, units.as_mut_ptr().add(s * rows + half * lanes));
+                        codes = d.next(codes, s);
+                    }
                 }
             }
         }

@@ -32,12 +32,14 @@ mod portable;
 mod stretch;
 mod tiles;
 
+use std::ops::Range;
+
 pub(super) use self::ahead::AHEAD;
 use self::bytes::Bytes;
 use self::engine::Engine;
 use self::few::{FEW, Few};
 pub(super) use self::lanes::Vector;
-use self::many::{Codes, Many, Scratch, Source};
+use self::many::{Codes, Many, STRIPS, Scratch, Source};
 use self::narrow::{Narrow, narrow};
 pub(super) use self::out::Out;
 use self::portable::Portable;
@@ -253,7 +255,7 @@ fn table<D: Engine>(job_format: crate::format::Format, values: &[f32; 16]) -> Na
     if <D::X as Element>::DTYPE == Dtype::BF16 {
         narrow(job_format, values)
     } else {
-        Narrow { values: *values, factor: 1.0 }
+        Narrow::exact(values)
     }
 }
 
@@ -407,32 +409,51 @@ fn many_rows<D: Engine, T: Lanes>(
     let decode = |row: usize, at: usize, out: &mut [D::X]| decode_dense(&one, job, row, at, out);
     let source = match codebook {
         Some(values) => {
-            let Narrow { values, factor } = table::<D>(layout.format, values);
+            let Narrow { values, factor } = if m < D::ROUNDED_FROM {
+                table::<D>(layout.format, values)
+            } else {
+                Narrow::exact(values)
+            };
             let (packed, blocksize) = (job.q.packed(), layout.blocksize);
-            let scale_bytes = match job.q.scales() {
-                Scales::Plain(scales) => bytemuck::cast_slice(scales),
+            let plain = match job.q.scales() {
+                Scales::Plain(scales) => scales,
                 _ => &[],
             };
-            Source::Codes(Codes { packed, blocksize, values, factor, scales: &scales, scale_bytes })
+            Source::Codes(Codes { packed, blocksize, values, factor, scales: &scales, plain })
         }
         None => Source::Dense(&decode),
     };
     let many = Many { source, columns, m, x, stride };
     let rows = lanes::panel_rows::<D>();
-    let (threads, strips) = (job.threads(m), job.rows.div_ceil(rows));
-    // A few strips to a part: while one is multiplied the next is fetched.
-    let run = (strips / (threads * 8)).clamp(1, 8);
-    threads::share(threads, strips.div_ceil(run), |part| {
+    let threads = job.threads(m);
+    let parts = parts(job.rows.div_ceil(rows), threads);
+    threads::share(threads, parts.len(), |part| {
         let mut scratch = Scratch::default();
-        for strip in part * run..strips.min((part + 1) * run) {
-            let first = strip * rows;
-            let count = rows.min(job.rows - first);
-            d.strip(&many, first, count, &mut scratch);
-            let bias = job.bias.map(|bias| &bias[first..first + count]);
-            for (i, sums) in scratch.sums.chunks_exact(rows).enumerate() {
+        let first = parts[part].start * rows;
+        let count = (parts[part].end * rows).min(job.rows) - first;
+        d.strips(&many, first, count, &mut scratch);
+        for i in 0..m {
+            for strip in 0..count.div_ceil(rows) {
+                let first = first + strip * rows;
+                let count = rows.min(job.rows - first);
+                let bias = job.bias.map(|bias| &bias[first..first + count]);
+                let sums = &scratch.sums[(strip * m + i) * rows..][..count];
                 // SAFETY: every part of the work writes columns of its own.
-                d.finish(&sums[..count], bias, unsafe { out.part(i, first, count) });
+                d.finish(sums, bias, unsafe { out.part(i, first, count) });
             }
         }
     });
+}
+
+/// Parts of so many strips: [`STRIPS`] at a time, for which activations stay near, but fewer
+/// towards the end, so that all threads are done at the same time.
+fn parts(strips: usize, threads: usize) -> Vec<Range<usize>> {
+    let mut parts = Vec::new();
+    let mut first = 0;
+    while first < strips {
+        let count = ((strips - first) / (2 * threads)).clamp(1, STRIPS);
+        parts.push(first..first + count);
+        first += count;
+    }
+    parts
 }

@@ -15,6 +15,13 @@ pub struct Narrow {
     pub factor: f32,
 }
 
+impl Narrow {
+    /// The codebook as it is.
+    pub const fn exact(values: &[f32; 16]) -> Self {
+        Self { values: *values, factor: 1.0 }
+    }
+}
+
 /// The codebook of a format in bf16.
 ///
 /// A factor shifts all values against the grid of bf16. For fp4, mxfp4 and int4 one exists for
@@ -41,8 +48,8 @@ fn best(values: &[f32; 16]) -> Narrow {
             .sum();
         (error, Narrow { values: narrow, factor: 1.0 / factor })
     });
-    let plain = Narrow { values: *values, factor: 1.0 };
-    candidates.min_by(|a, b| a.0.total_cmp(&b.0)).map_or(plain, |(_, narrow)| narrow)
+    let best = candidates.min_by(|a, b| a.0.total_cmp(&b.0));
+    best.map_or(Narrow::exact(values), |(_, narrow)| narrow)
 }
 
 #[cfg(test)]

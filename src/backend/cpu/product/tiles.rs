@@ -9,8 +9,8 @@ use super::lanes::{CODES, Dot, panel_rows};
 /// come late, leave registers for a unit of a panel.
 pub const TILE: usize = 6;
 
-/// The same where sums over a segment are added to sums in memory and there are registers enough:
-/// codes are decoded for fewer tiles.
+/// The same where there is one kind of sums in registers, and enough of these: fewer units of the
+/// weight are read, or decoded, for as many products.
 pub const HIGH_TILE: usize = 2 * TILE;
 
 /// Units of a panel without segments of its own between two fetches.
@@ -49,7 +49,7 @@ pub struct Panel<'a> {
 }
 
 /// Codes: words of all rows, rows in lanes.
-pub struct Coded<'a> {
+pub struct Coded<'a, D: Dot> {
     /// The words.
     pub words: &'a [u32],
     /// Words that share their scales.
@@ -57,7 +57,7 @@ pub struct Coded<'a> {
     /// [`panel_rows`] scales of each segment.
     pub scales: &'a [f32],
     /// The codebook.
-    pub values: [f32; 16],
+    pub table: D::Table,
 }
 
 /// Adds the products of a panel with `m` rows of activations, `stride` apart, to `sums`.
@@ -105,6 +105,8 @@ pub fn tiles<D: Dot, T: Tiles<D>>(
 }
 
 impl<D: Dot> Tiles<D> for Panel<'_> {
+    const ROWS: usize = if D::LANES >= 16 { HIGH_TILE } else { TILE };
+
     #[inline(always)]
     fn units(&self) -> usize {
         self.units.len() / panel_rows::<D>()
@@ -259,7 +261,7 @@ impl<D: Dot, const H: usize> Sums<D, H> {
     }
 }
 
-impl<D: Dot> Tiles<D> for Coded<'_> {
+impl<D: Dot> Tiles<D> for Coded<'_, D> {
     const ROWS: usize = if D::LANES >= 16 { HIGH_TILE } else { TILE };
 
     #[inline(always)]
@@ -282,7 +284,6 @@ impl<D: Dot> Tiles<D> for Coded<'_> {
         sums: *mut f32,
     ) {
         let (rows, lanes, per) = (panel_rows::<D>(), D::LANES, CODES / D::STEPS);
-        let table = d.table(&self.values);
         let segments = self.words.chunks(self.segment * rows);
         // SAFETY: the caller's; chunks of words and scales are whole rows of lanes.
         unsafe {
@@ -295,7 +296,7 @@ impl<D: Dot> Tiles<D> for Coded<'_> {
                     let mut low = d.words(word.as_ptr().cast());
                     let mut high = d.words(word.as_ptr().add(lanes).cast());
                     for s in 0..D::STEPS {
-                        let (a, b) = (d.decode(table, low), d.decode(table, high));
+                        let (a, b) = (d.decode(self.table, low), d.decode(self.table, high));
                         (low, high) = (d.next(low, s), d.next(high, s));
                         for (h, dot) in dot.iter_mut().enumerate() {
                             let x = d.unit(x.add(h * stride).cast());
