@@ -216,6 +216,32 @@ fn long_products_are_those_of_the_definition() {
     check::<bf16>(&shape(70, 9216, 1)).unwrap();
 }
 
+/// So many rows of the weight that several strips share activations, and enough activations for
+/// weights that are rounded once.
+#[test]
+fn large_products_are_those_of_the_definition() {
+    for (format, blocksize, rows, columns) in [
+        (Format::Nf4, 64, 230, 576),
+        (Format::Fp4, 128, 262, 640),
+        (Format::Int4, 32, 100, 288),
+        (Format::Mxfp4, 32, 161, 320),
+        (Format::Nf4, 2048, 65, 2048),
+    ] {
+        let case = Case {
+            format,
+            blocksize: Some(blocksize),
+            nested: false,
+            rows,
+            columns,
+            m: 261,
+            bias: true,
+            threads: 2,
+            seed: 11,
+        };
+        check::<bf16>(&case).unwrap();
+    }
+}
+
 #[test]
 fn no_rows_and_no_columns_are_no_trouble() {
     for (rows, columns, m) in [(0, 64, 3), (3, 0, 2), (3, 64, 0)] {
