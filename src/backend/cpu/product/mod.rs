@@ -427,7 +427,7 @@ fn many_rows<D: Engine, T: Lanes>(
     let rows = lanes::panel_rows::<D>();
     let threads = job.threads(m);
     let parts = parts(job.rows.div_ceil(rows), threads);
-    threads::share(threads, parts.len(), |part| {
+    threads::share_runs(threads, parts.len(), |part| {
         let mut scratch = Scratch::default();
         let first = parts[part].start * rows;
         let count = (parts[part].end * rows).min(job.rows) - first;
@@ -445,15 +445,18 @@ fn many_rows<D: Engine, T: Lanes>(
     });
 }
 
-/// Parts of so many strips: [`STRIPS`] at a time, for which activations stay near, but fewer
-/// towards the end, so that all threads are done at the same time.
+/// Parts of so many strips, for each thread those of a run: [`STRIPS`] at a time, for which
+/// activations stay near, but fewer towards the end, where one thread helps another.
 fn parts(strips: usize, threads: usize) -> Vec<Range<usize>> {
     let mut parts = Vec::new();
-    let mut first = 0;
-    while first < strips {
-        let count = ((strips - first) / (2 * threads)).clamp(1, STRIPS);
-        parts.push(first..first + count);
-        first += count;
+    for thread in 0..threads {
+        let end = strips * (thread + 1) / threads;
+        let mut first = strips * thread / threads;
+        while first < end {
+            let count = ((end - first) / 2).clamp(1, STRIPS);
+            parts.push(first..first + count);
+            first += count;
+        }
     }
     parts
 }
