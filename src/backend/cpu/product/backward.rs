@@ -1,8 +1,8 @@
 //! The gradient of the activations: `out[m, k] = sum over n of grad[m, n] * W[n, k]`.
 //!
-//! Threads take stretches of columns, so no two of them add to one sum. For few rows of gradients
-//! the codes are decoded in registers; for more, as many columns as a panel has lanes make a panel
-//! whose units run down the rows. Weights without whole blocks of four-bit codes are decoded into
+//! For few rows of gradients the codes are decoded in registers, and each thread walks down rows of
+//! its own. For more, threads take stretches of columns, so that no two of them add to one sum, and
+//! as many columns as a panel has lanes make a panel whose units run down the rows. Weights without whole blocks of four-bit codes are decoded into
 //! memory first.
 
 use std::ops::Range;
@@ -29,9 +29,12 @@ const LONG: usize = 2048;
 /// Rows of gradients that are few in that case.
 const NOT_MANY: usize = 96;
 
-/// Columns of a part for one, two, three and four rows of gradients: sums stay in the first-level
-/// cache beside a stream of weights, and long pieces of rows are read faster than short ones.
-const FEW_COLUMNS: [usize; FEW] = [4096, 2048, 512, 512];
+/// Columns that are added up together for few rows of gradients: long pieces of rows are read
+/// faster than short ones, and the sums of one row stay in the first-level cache.
+const FEW_COLUMNS: usize = 4096;
+
+/// Parts that each thread has in that case; each has sums of its own.
+const FEW_PARTS: usize = 2;
 
 /// Rows of the weight whose scales are decoded at once.
 const ROWS: usize = 64;
@@ -44,12 +47,10 @@ const DECODED: usize = 128 * STRETCH;
 
 /// Columns of a part of the work.
 fn columns_of_part(columns: usize, coded: bool, m: usize, threads: usize) -> usize {
-    let most = match (coded, m) {
-        (true, 1..=FEW) => FEW_COLUMNS[m - 1],
-        (false, ..=NOT_MANY) => LONG,
-        _ => return STRETCH,
-    };
-    columns.div_ceil(threads).next_multiple_of(STRETCH).clamp(STRETCH, most)
+    if coded || m > NOT_MANY {
+        return STRETCH;
+    }
+    columns.div_ceil(threads).next_multiple_of(STRETCH).clamp(STRETCH, LONG)
 }
 
 /// `job.x` is the gradient of the product, with rows as long as the weight has rows.
@@ -75,6 +76,12 @@ pub fn backward<D: Engine, T: Lanes>(d: D, job: &Job<'_, T>, out: &Out<'_, T>) {
         };
         let gradients = Gradients { x: grad, stride, m };
         let out = out.below(first);
+        if let Some(values) = codebook
+            && m <= FEW
+        {
+            few_gradients(d, job, values, gradients, &out);
+            continue;
+        }
         let threads = job.threads(m);
         let width = columns_of_part(job.columns, codebook.is_some(), m, threads);
         threads::share(threads, job.columns.div_ceil(width), |part| {
@@ -88,7 +95,90 @@ pub fn backward<D: Engine, T: Lanes>(d: D, job: &Job<'_, T>, out: &Out<'_, T>) {
     }
 }
 
-/// A stretch of columns of a weight whose rows are whole blocks of codes.
+/// Few rows of gradients: each part of the work walks down rows that follow one another in memory
+/// and has sums of its own, which are added up in their order at the end. So the number of threads
+/// says how a sum is taken apart, and never who was first.
+fn few_gradients<D: Engine, T: Lanes>(
+    d: D,
+    job: &Job<'_, T>,
+    values: &[f32; 16],
+    gradients: Gradients<'_, D::X>,
+    out: &Out<'_, T>,
+) {
+    let (m, chunk) = (gradients.m, CODES * D::LANES);
+    let width = job.columns.div_ceil(job.columns.div_ceil(FEW_COLUMNS)).next_multiple_of(STRETCH);
+    let stretches = || (0..job.columns).step_by(width).map(|at| at..job.columns.min(at + width));
+    // Sums of a part: of each stretch, of each row of gradients the vectors of all chunks.
+    let length = m * job.columns.next_multiple_of(chunk);
+    let threads = job.threads_of_few();
+    let parts = if threads == 1 { 1 } else { threads * FEW_PARTS };
+    let rows = job.rows.div_ceil(parts).next_multiple_of(D::ROWS);
+    let parts = job.rows.div_ceil(rows);
+    let mut sums = Aligned::<f32>::zeroed(parts * length);
+    let all = Out::new(&mut sums, length);
+    threads::share_runs(threads, parts, |part| {
+        // SAFETY: every part of the work adds to sums of its own.
+        let sums = unsafe { all.part(part, 0, length) };
+        let mut decoded = Vec::new();
+        let end = job.rows.min((part + 1) * rows);
+        for columns in stretches() {
+            let stretch = stretch_of(job, values, &columns);
+            let first = m * columns.start;
+            let sums = &mut sums[first..first + m * stretch.chunks::<D>() * chunk];
+            for first in (part * rows..end).step_by(ROWS) {
+                let count = ROWS.min(end - first);
+                let scales = scales_of(job, (first, count), &columns, &mut decoded);
+                let x = Gradients { x: &gradients.x[first..], ..gradients };
+                d.few_columns(&stretch, &Run { first, count, scales }, x, sums);
+            }
+        }
+    });
+    let (total, others) = sums.split_at_mut(length);
+    for part in others.chunks_exact(length) {
+        for (sum, more) in total.iter_mut().zip(part) {
+            *sum += more;
+        }
+    }
+    for columns in stretches() {
+        let (start, chunks) = (columns.start, columns.len().div_ceil(chunk));
+        let sums = &total[m * start..];
+        let at = |c: usize, i: usize, v: usize| (i * chunks + c) * chunk + v * D::LANES;
+        finish_stretch(d, &columns, m, |c, i, v| &sums[at(c, i, v)..][..D::LANES], out);
+    }
+}
+
+/// Writes the sums of a stretch; `vector(c, i, v)` are those of vector `v` of chunk `c` of row `i`.
+fn finish_stretch<'a, D: Engine, T: Lanes>(
+    d: D,
+    columns: &Range<usize>,
+    m: usize,
+    vector: impl Fn(usize, usize, usize) -> &'a [f32],
+    out: &Out<'_, T>,
+) {
+    let (chunk, mut row) = (CODES * D::LANES, [0.0; CODES * 16]);
+    for (c, at) in columns.clone().step_by(chunk).enumerate() {
+        let count = chunk.min(columns.end - at);
+        for i in 0..m {
+            ordered(|v| vector(c, i, v), &mut row);
+            // SAFETY: every part of the work writes columns of its own.
+            d.finish(&row[..count], None, unsafe { out.part(i, at, count) });
+        }
+    }
+}
+
+/// Columns of a weight whose rows are whole blocks of codes.
+fn stretch_of<'a, T>(job: &Job<'a, T>, values: &[f32; 16], columns: &Range<usize>) -> Stretch<'a> {
+    Stretch {
+        packed: job.q.packed(),
+        row_bytes: job.columns / 2,
+        start: columns.start,
+        width: columns.len(),
+        blocksize: job.q.layout().blocksize,
+        values: *values,
+    }
+}
+
+/// Panels of a stretch of columns of a weight whose rows are whole blocks of codes.
 fn coded_stretch<D: Engine, T: Lanes>(
     d: D,
     job: &Job<'_, T>,
@@ -97,59 +187,31 @@ fn coded_stretch<D: Engine, T: Lanes>(
     columns: Range<usize>,
     out: &Out<'_, T>,
 ) {
-    let (blocksize, chunk) = (job.q.layout().blocksize, CODES * D::LANES);
-    let stretch = Stretch {
-        packed: job.q.packed(),
-        row_bytes: job.columns / 2,
-        start: columns.start,
-        width: columns.len(),
-        blocksize,
-        values: *values,
-    };
+    let (m, chunk, lanes) = (gradients.m, CODES * D::LANES, panel_rows::<D>());
+    let stretch = stretch_of(job, values, &columns);
     let chunks = stretch.chunks::<D>();
-    let m = gradients.m;
-    let few = m <= FEW;
     let mut sums = Aligned::<f32>::zeroed(m * chunks * chunk);
-    let apart = DEPTH * panel_rows::<D>();
-    let mut panels = Aligned::<u32>::zeroed(if few { 0 } else { VECTORS / 2 * apart });
-    let rows = if few { ROWS } else { DEPTH * CODES / D::STEPS };
+    let apart = DEPTH * lanes;
+    let mut panels = Aligned::<u32>::zeroed(VECTORS / 2 * apart);
+    let rows = DEPTH * CODES / D::STEPS;
     let mut decoded = Vec::new();
     for first in (0..job.rows).step_by(rows) {
         let count = rows.min(job.rows - first);
         let scales = scales_of(job, (first, count), &columns, &mut decoded);
         let run = Run { first, count, scales };
-        let x = Gradients { x: &gradients.x[first..], ..gradients };
-        if few {
-            d.few_columns(&stretch, &run, x, &mut sums);
-            continue;
-        }
-        let length = count.div_ceil(CODES / D::STEPS) * panel_rows::<D>();
+        let x = &gradients.x[first..];
+        let length = count.div_ceil(CODES / D::STEPS) * lanes;
         for (c, sums) in sums.chunks_exact_mut(m * chunk).enumerate() {
             d.panels(&stretch, &run, c, &mut panels);
-            let sums = sums.chunks_exact_mut(m * panel_rows::<D>());
-            for (units, sums) in panels.chunks_exact(apart).zip(sums) {
-                d.tiles(&Panel { units: &units[..length] }, x.x, x.stride, m, sums);
+            for (units, sums) in panels.chunks_exact(apart).zip(sums.chunks_exact_mut(m * lanes)) {
+                d.tiles(&Panel { units: &units[..length] }, x, gradients.stride, m, sums);
             }
         }
     }
-    let mut row = [0.0; CODES * 16];
-    for c in 0..chunks {
-        let at = columns.start + c * chunk;
-        let count = chunk.min(columns.end - at);
-        for i in 0..m {
-            let vector = |v: usize| {
-                let at = if few {
-                    (i * chunks + c) * chunk + v * D::LANES
-                } else {
-                    ((c * VECTORS / 2 + v / 2) * m + i) * panel_rows::<D>() + v % 2 * D::LANES
-                };
-                &sums[at..at + D::LANES]
-            };
-            ordered(vector, &mut row);
-            // SAFETY: every part of the work writes columns of its own.
-            d.finish(&row[..count], None, unsafe { out.part(i, at, count) });
-        }
-    }
+    let at = |c: usize, i: usize, v: usize| {
+        ((c * VECTORS / 2 + v / 2) * m + i) * lanes + v % 2 * D::LANES
+    };
+    finish_stretch(d, &columns, m, |c, i, v| &sums[at(c, i, v)..][..D::LANES], out);
 }
 
 /// The scales of a stretch of some rows, where they are or decoded.

@@ -3,6 +3,11 @@
 
 use super::down::{BLOCKS, Down, Rows, VECTORS};
 use super::lanes::{CODES, Dot, Vector, panel_rows};
+use crate::backend::cpu::aligned::LINE;
+
+/// Bytes of codes that are on their way from memory while [`few`] walks down: several pieces of
+/// rows lie between what is read and what is read next, so more than `ahead` needs.
+const AHEAD: usize = 32 * 1024;
 
 /// The most rows that [`Down::chunk`] takes at once.
 const MOST_ROWS: usize = 8;
@@ -78,12 +83,25 @@ impl Stretch<'_> {
 
     /// Where the scales of a chunk begin, among those of the stretch.
     const fn block<D: Dot>(&self, chunk: usize) -> usize {
-        (self.start + chunk * CODES * D::LANES) / self.blocksize - self.start / self.blocksize
+        let shift = self.blocksize.trailing_zeros();
+        ((self.start + chunk * CODES * D::LANES) >> shift) - (self.start >> shift)
     }
 
     /// Bytes of a chunk.
     fn bytes<D: Dot>(&self, chunk: usize) -> usize {
         (self.width - chunk * CODES * D::LANES).min(CODES * D::LANES) / 2
+    }
+
+    /// The first of `chunks` whole chunks of [`Down::ROWS`] rows from row `n` of the run on, all of
+    /// which are there.
+    fn whole<D: Down>(&self, run: &Run<'_>, n: usize, chunks: usize) -> Rows {
+        let (bytes, blocks) = (chunks * CODES / 2 * D::LANES, run.scales.blocks);
+        let at = (run.first + n) * self.row_bytes + self.start / 2;
+        let packed = &self.packed[at..][..(D::ROWS - 1) * self.row_bytes + bytes];
+        let last = self.block::<D>(chunks - 1) + (CODES * D::LANES).div_ceil(self.blocksize);
+        let scales = &run.scales.scales[n * blocks..][..(D::ROWS - 1) * blocks + last];
+        let (packed, scales) = (packed.as_ptr(), scales.as_ptr());
+        Rows { packed, row_bytes: self.row_bytes, scales, blocks }
     }
 
     /// A chunk of `count` rows from row `n` of the run on, in place if it is whole and there are
@@ -172,12 +190,29 @@ fn few_rows<D: Down, const M: usize, const B: usize>(
     assert!(sums.len() == M * width && gradients.m == M && D::ROWS <= MOST_ROWS);
     assert!(gradients.x.len() >= (M - 1) * gradients.stride + depth);
     let mut padded = Padded::ZERO;
+    // Whole groups of rows that are on their way from memory.
+    let far = D::ROWS * AHEAD.div_ceil(D::ROWS * stretch.width / 2);
     for n in (0..run.count).step_by(D::ROWS) {
+        // Chunks that lie whole in memory, found once; the others are copied.
+        let whole = if run.count - n < D::ROWS { 0 } else { stretch.width / chunk };
+        let first = (whole > 0).then(|| stretch.whole::<D>(run, n, whole));
         for c in 0..chunks {
-            let rows = stretch.rows::<D>(run, (n, D::ROWS), c, &mut padded);
+            let rows = match first {
+                // SAFETY: this is the first of `whole` chunks and their scales.
+                Some(first) if c < whole => unsafe {
+                    let packed = first.packed.add(c * chunk / 2);
+                    Rows { packed, scales: first.scales.add(stretch.block::<D>(c)), ..first }
+                },
+                _ => stretch.rows::<D>(run, (n, D::ROWS), c, &mut padded),
+            };
             for r in 0..D::ROWS {
-                // The rows behind these.
-                d.prefetch(rows.packed.wrapping_add((D::ROWS + r) * rows.row_bytes));
+                d.prefetch_far(rows.packed.wrapping_add((far + r) * rows.row_bytes));
+            }
+            if (c * B).is_multiple_of(LINE / size_of::<f32>()) {
+                // A line of scales of each row.
+                for r in 0..D::ROWS {
+                    d.prefetch_far(rows.scales.wrapping_add((far + r) * rows.blocks).cast());
+                }
             }
             // SAFETY: `rows` are whole chunks; the assertions count gradients and sums.
             unsafe {
