@@ -57,8 +57,15 @@ const BATCH: usize = 512;
 /// Products for which it is worth to wake up another thread.
 const WORTH: usize = 1 << 18;
 
-/// Bytes of packed weights in one part of the work for few rows.
+/// Weights for which it is worth the same with few rows of activations, where what counts is how
+/// many bytes are read.
+const WORTH_READING: usize = 1 << 17;
+
+/// Bytes of packed weights in one part of the work for few rows, at most.
 const PART: usize = 64 * 1024;
+
+/// Parts that each thread has of a small product, at least, so that none waits long for the last.
+const PARTS: usize = 8;
 
 /// Bytes of a page, and of the distance at which lines share a set of the first-level cache.
 const PAGE: usize = 4096;
@@ -214,6 +221,12 @@ impl<T> Job<'_, T> {
         let products = self.rows.saturating_mul(self.columns).saturating_mul(m);
         self.cpu.threads.min(products / WORTH).max(1)
     }
+
+    /// The threads for few rows of activations.
+    fn threads_of_few(&self) -> usize {
+        let weights = self.rows.saturating_mul(self.columns);
+        self.cpu.threads.min(weights / WORTH_READING).max(1)
+    }
 }
 
 fn linear<D: Engine, T: Lanes>(d: D, job: &Job<'_, T>, out: &Out<'_, T>) {
@@ -278,8 +291,10 @@ fn few_rows<D: Engine, T: Lanes>(
     let Narrow { values, factor } = table::<D>(layout.format, values);
     let blocksize = layout.blocksize;
     let few = Few { packed: job.q.packed(), columns, blocksize, values, factor, m, x: &prepared };
-    let threads = job.threads(m);
-    let most = job.rows.div_ceil(threads).next_multiple_of(4);
+    let threads = job.threads_of_few();
+    // With one thread a part less is a start less.
+    let parts = if threads == 1 { 1 } else { threads * PARTS };
+    let most = job.rows.div_ceil(parts).next_multiple_of(4);
     let rows = (PART / (columns / 2)).max(4).min(most) / 4 * 4;
     threads::share_runs(threads, job.rows.div_ceil(rows), |part| {
         let first = part * rows;
@@ -391,13 +406,18 @@ fn many_rows<D: Engine, T: Lanes>(
         }
         ordered.resize(m * stride);
         let out = Out::new(&mut ordered, stride);
-        threads::share(job.threads(m), m, |i| {
-            let row = &x[i * columns..(i + 1) * columns];
-            // SAFETY: every part of the work writes a row of its own.
-            let out = unsafe { out.part(i, 0, columns.next_multiple_of(8)) };
-            match codebook {
-                Some(_) => few::prepare::<D>(row, 1, out),
-                None => out[..columns].copy_from_slice(row),
+        let threads = job.threads(m);
+        // Rows one by one would be taken in less time than it takes to agree on who takes which.
+        let together = m.div_ceil(threads * PARTS);
+        threads::share(threads, m.div_ceil(together), |part| {
+            for i in part * together..m.min((part + 1) * together) {
+                let row = &x[i * columns..(i + 1) * columns];
+                // SAFETY: every part of the work writes rows of its own.
+                let out = unsafe { out.part(i, 0, columns.next_multiple_of(8)) };
+                match codebook {
+                    Some(_) => few::prepare::<D>(row, 1, out),
+                    None => out[..columns].copy_from_slice(row),
+                }
             }
         });
         &ordered
