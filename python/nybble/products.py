@@ -47,9 +47,14 @@ def product(
     x = x.contiguous()
     if bias is not None:
         bias = bias.contiguous() if bias.dtype in _FLOATS else bias.float().contiguous()
-    # Slices of shapes are slow.
-    shape = (x.shape[0], rows) if x.dim() == 2 else (*x.shape[:-1], rows)
-    out = x.new_empty(shape)
+    # Slices of shapes are slow, and so is a shape that torch takes apart itself.
+    size = x.shape
+    if len(size) == 2:
+        out = x.new_empty(size[0], rows)
+    elif len(size) == 3:
+        out = x.new_empty(size[0], size[1], rows)
+    else:
+        out = x.new_empty(*size[:-1], rows)
     kernel(memory(x), optional_memory(bias), memory(out), ops.kernel_threads(), *more)
     return out
 
