@@ -49,6 +49,12 @@ fn format<T: Lanes>(criterion: &mut Criterion, format: Format) {
                 .expect("the lengths fit")
         });
     });
+    let how = Quantizer { stats: true, ..Quantizer::default() };
+    group.bench_function(format!("quantize with statistics/{}", cpu.isa().name()), |bench| {
+        bench.iter(|| {
+            cpu.quantize(&layout, how, &x, &mut packed, &mut scales).expect("the lengths fit")
+        });
+    });
     let mut out = x.clone();
     let q = QTensor::new(layout, &packed, Scales::Plain(&scales)).expect("the lengths fit");
     group.bench_function(format!("dequantize/{}", cpu.isa().name()), |bench| {

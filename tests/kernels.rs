@@ -12,6 +12,7 @@ use nybble::format::codebook::Codebook;
 use nybble::format::{Decode, Format};
 use nybble::quant::Reference;
 use nybble::quant::blockwise::Blocks;
+use nybble::quant::stats::Stats;
 use proptest::prelude::*;
 
 /// Few cases unless the environment asks for more.
@@ -254,6 +255,24 @@ fn compare_rows<T: Lanes>(isa: Isa, case: Case, len: usize) {
     }
 }
 
+/// Statistics of blocks that are whole groups, and of short last ones.
+fn compare_statistics<T: Lanes>(isa: Isa, case: Case, len: usize) {
+    let (scalar, fast) = (Kernels::<T>::SCALAR, Kernels::<T>::of(isa));
+    let mut random = Random(case.seed ^ 3);
+    let mut number = || (random.next() as i32) as f32 / (1u64 << 30) as f32;
+    let x: Vec<T> = (0..len).map(|_| T::from_f32(number())).collect();
+    let decoded: Vec<f32> = (0..len).map(|_| number()).collect();
+    for block in [32, 64, 4096, len] {
+        let scales: Vec<f32> = (0..len.div_ceil(block)).map(|_| number().abs()).collect();
+        let [want, got] = [scalar.compare, fast.compare].map(|compare| {
+            let mut stats = Stats::default();
+            compare(&x, &decoded, block, &scales, &mut stats);
+            stats
+        });
+        assert_eq!(want, got, "{} {:?} {len} {block}", isa.name(), T::DTYPE);
+    }
+}
+
 /// Every format, block size and length, for one element type.
 fn compare_all<T: Lanes>(isa: Isa, case: Case) {
     let (scalar, fast) = (Kernels::<T>::SCALAR, Kernels::<T>::of(isa));
@@ -285,6 +304,9 @@ fn compare_all<T: Lanes>(isa: Isa, case: Case) {
     }
     for len in lengths(128) {
         compare_rows::<T>(isa, case, len);
+        if len > 0 {
+            compare_statistics::<T>(isa, case, len);
+        }
     }
 }
 

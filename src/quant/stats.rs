@@ -38,7 +38,46 @@ pub struct Stats {
 /// normal distribution has 6 in 100,000 there.
 pub const OUTLIER_FACTOR: f32 = 4.0;
 
-const LANES: usize = 8;
+/// Lanes of the sums: element `i` of a block belongs to lane `i % LANES`, but for those of a last
+/// group of fewer, which belong to the first.
+pub const LANES: usize = 8;
+
+/// The sums of one block or row, lane by lane.
+#[derive(Clone, Debug, Default)]
+pub struct Sums {
+    /// Squares of the original and of the decoded values, products of the two, squared differences.
+    pub sums: [[f64; LANES]; 4],
+    /// The largest differences.
+    pub max_abs: [f32; LANES],
+}
+
+impl Sums {
+    /// Adds elements of a block: the original and what it decodes to.
+    #[inline(always)]
+    pub fn add(&mut self, original: &[f32], decoded: &[f32]) {
+        let (x8, x1) = original.as_chunks::<LANES>();
+        let (y8, y1) = decoded.as_chunks::<LANES>();
+        for (x, y) in x8.iter().zip(y8) {
+            for lane in 0..LANES {
+                self.accumulate(lane, x[lane], y[lane]);
+            }
+        }
+        for (x, y) in x1.iter().zip(y1) {
+            self.accumulate(0, *x, *y);
+        }
+    }
+
+    #[inline(always)]
+    fn accumulate(&mut self, lane: usize, x: f32, y: f32) {
+        let (wide, decoded) = (f64::from(x), f64::from(y));
+        let difference = wide - decoded;
+        self.sums[0][lane] += wide * wide;
+        self.sums[1][lane] += decoded * decoded;
+        self.sums[2][lane] += wide * decoded;
+        self.sums[3][lane] += difference * difference;
+        self.max_abs[lane] = self.max_abs[lane].max((x - y).abs());
+    }
+}
 
 impl Default for Stats {
     fn default() -> Self {
@@ -62,29 +101,28 @@ impl Stats {
     /// Adds one block or row: the original, what it decodes to, and its scale.
     #[inline(always)]
     pub fn add(&mut self, original: &[f32], decoded: &[f32], absmax: f32) {
-        let mut sums = [[0f64; LANES]; 4];
-        let mut max_abs = [0f32; LANES];
-        let (x8, x1) = original.as_chunks::<LANES>();
-        let (y8, y1) = decoded.as_chunks::<LANES>();
-        for (x, y) in x8.iter().zip(y8) {
-            for lane in 0..LANES {
-                accumulate(&mut sums, &mut max_abs, lane, x[lane], y[lane]);
-            }
-        }
-        for (x, y) in x1.iter().zip(y1) {
-            accumulate(&mut sums, &mut max_abs, 0, *x, *y);
-        }
-        let [square, decoded_square, product, error] = sums.map(|lanes| lanes.iter().sum::<f64>());
+        let mut sums = Sums::default();
+        sums.add(original, decoded);
+        self.add_sums(&sums, original, absmax);
+    }
+
+    /// Adds one block or row: the original, its sums, and its scale.
+    #[inline(always)]
+    pub fn add_sums(&mut self, sums: &Sums, original: &[f32], absmax: f32) {
+        let [square, decoded_square, product, error] =
+            sums.sums.map(|lanes| lanes.iter().sum::<f64>());
         self.count += original.len() as u64;
         self.original += square;
         self.decoded += decoded_square;
         self.product += product;
         self.error += error;
-        self.max_abs = max_abs.into_iter().fold(self.max_abs, f32::max);
+        self.max_abs = sums.max_abs.into_iter().fold(self.max_abs, f32::max);
         self.absmax_min = self.absmax_min.min(absmax);
         self.absmax_max = self.absmax_max.max(absmax);
         let limit = OUTLIER_FACTOR * (square / original.len().max(1) as f64).sqrt() as f32;
-        self.outliers += original.iter().filter(|x| x.abs() > limit).count() as u64;
+        // Counted in 32 bits, in which vectors count: no more than one in sixteen can be one.
+        let outliers: u32 = original.iter().map(|x| u32::from(x.abs() > limit)).sum();
+        self.outliers += u64::from(outliers);
     }
 
     /// Counts codes, one a byte.
@@ -180,23 +218,6 @@ pub fn compare<T: Element>(
         let wide: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
         total.add(&wide, decoded, *scale);
     }
-}
-
-#[inline(always)]
-fn accumulate(
-    sums: &mut [[f64; LANES]; 4],
-    max_abs: &mut [f32; LANES],
-    lane: usize,
-    x: f32,
-    y: f32,
-) {
-    let (wide, decoded) = (f64::from(x), f64::from(y));
-    let difference = wide - decoded;
-    sums[0][lane] += wide * wide;
-    sums[1][lane] += decoded * decoded;
-    sums[2][lane] += wide * decoded;
-    sums[3][lane] += difference * difference;
-    max_abs[lane] = max_abs[lane].max((x - y).abs());
 }
 
 /// Figures about one quantized tensor.

@@ -13,7 +13,7 @@ use super::simd::{GROUP, HALF, Simd, entry_points, first_four};
 use super::{Isa, Kernels, Lanes};
 use crate::format::codebook::Codebook;
 use crate::quant::blockwise::Blocks;
-use crate::quant::stats::Stats;
+use crate::quant::stats::{LANES, Stats, Sums};
 
 /// Proof that the machine has AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,6 +160,36 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats {
         each!(a, b => _mm256_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn add_sums(self, sums: &mut Sums, x: &[f32; GROUP], decoded: &[f32; GROUP]) {
+        // SAFETY: the proof implies AVX2; both halves of eight numbers are read and written.
+        unsafe {
+            for at in [0, LANES / 2] {
+                let mut acc = [_mm256_setzero_pd(); 4];
+                for (acc, lanes) in acc.iter_mut().zip(&sums.sums) {
+                    *acc = _mm256_loadu_pd(lanes[at..].as_ptr());
+                }
+                let mut largest = _mm_loadu_ps(sums.max_abs[at..].as_ptr());
+                for (x, y) in x.chunks_exact(LANES).zip(decoded.chunks_exact(LANES)) {
+                    let x = _mm_loadu_ps(x[at..].as_ptr());
+                    let y = _mm_loadu_ps(y[at..].as_ptr());
+                    let (wide, decoded) = (_mm256_cvtps_pd(x), _mm256_cvtps_pd(y));
+                    let difference = _mm256_sub_pd(wide, decoded);
+                    acc[0] = _mm256_add_pd(acc[0], _mm256_mul_pd(wide, wide));
+                    acc[1] = _mm256_add_pd(acc[1], _mm256_mul_pd(decoded, decoded));
+                    acc[2] = _mm256_add_pd(acc[2], _mm256_mul_pd(wide, decoded));
+                    acc[3] = _mm256_add_pd(acc[3], _mm256_mul_pd(difference, difference));
+                    let apart = _mm_andnot_ps(_mm_set1_ps(-0.0), _mm_sub_ps(x, y));
+                    largest = _mm_max_ps(apart, largest);
+                }
+                for (lanes, acc) in sums.sums.iter_mut().zip(acc) {
+                    _mm256_storeu_pd(lanes[at..].as_mut_ptr(), acc);
+                }
+                _mm_storeu_ps(sums.max_abs[at..].as_mut_ptr(), largest);
+            }
+        }
     }
 
     #[inline(always)]

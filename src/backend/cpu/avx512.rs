@@ -13,7 +13,7 @@ use super::simd::{GROUP, HALF, Simd, entry_points};
 use super::{Isa, Kernels, Lanes};
 use crate::format::codebook::Codebook;
 use crate::quant::blockwise::Blocks;
-use crate::quant::stats::Stats;
+use crate::quant::stats::{LANES, Stats, Sums};
 
 /// Proof that the machine has AVX-512 F, BW, DQ and VL, and AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,6 +188,34 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats {
         each!(a, b => _mm512_mul_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn add_sums(self, sums: &mut Sums, x: &[f32; GROUP], decoded: &[f32; GROUP]) {
+        let (x8, y8) = (x.as_chunks::<LANES>().0, decoded.as_chunks::<LANES>().0);
+        // SAFETY: the proof implies AVX-512; arrays of eight numbers are what is read and written.
+        unsafe {
+            let mut acc = [_mm512_setzero_pd(); 4];
+            for (acc, lanes) in acc.iter_mut().zip(&sums.sums) {
+                *acc = _mm512_loadu_pd(lanes.as_ptr());
+            }
+            let mut largest = _mm256_loadu_ps(sums.max_abs.as_ptr());
+            for (x, y) in x8.iter().zip(y8) {
+                let (x, y) = (_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(y.as_ptr()));
+                let (wide, decoded) = (_mm512_cvtps_pd(x), _mm512_cvtps_pd(y));
+                let difference = _mm512_sub_pd(wide, decoded);
+                acc[0] = _mm512_add_pd(acc[0], _mm512_mul_pd(wide, wide));
+                acc[1] = _mm512_add_pd(acc[1], _mm512_mul_pd(decoded, decoded));
+                acc[2] = _mm512_add_pd(acc[2], _mm512_mul_pd(wide, decoded));
+                acc[3] = _mm512_add_pd(acc[3], _mm512_mul_pd(difference, difference));
+                let apart = _mm256_andnot_ps(_mm256_set1_ps(-0.0), _mm256_sub_ps(x, y));
+                largest = _mm256_max_ps(apart, largest);
+            }
+            for (lanes, acc) in sums.sums.iter_mut().zip(acc) {
+                _mm512_storeu_pd(lanes.as_mut_ptr(), acc);
+            }
+            _mm256_storeu_ps(sums.max_abs.as_mut_ptr(), largest);
+        }
     }
 
     #[inline(always)]

@@ -10,6 +10,10 @@ use crate::quant::stats::Stats;
 use crate::quant::{NonFinite, Reference, nested, rowwise};
 use crate::tensor::{Layout, QTensor, Scales, ScalesMut};
 
+/// Elements that are decoded at a time for statistics, or a block: what was read and what it
+/// decodes to stay in the first-level cache until they are compared.
+const PIECE: usize = 4096;
+
 /// How to quantize, beside format and block size (which the layout has).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Quantizer {
@@ -237,19 +241,25 @@ impl<T: Lanes> Run<'_, T> {
         if !self.how.stats {
             return None;
         }
-        let layout = Layout {
-            elements: x.len(),
-            packed: packed.len(),
-            scales: scales.len(),
-            nested: false,
-            // The scales are still f32 here, whatever the format stores.
-            ..*self.layout
-        };
-        let mut decoded = vec![0f32; x.len()];
-        decode_plain(self.isa, &layout, packed, scales, &mut decoded);
+        let (block, bits) = (self.layout.blocksize, self.layout.format.spec().bits);
+        let piece = (PIECE / block).max(1) * block;
+        let mut decoded = vec![0f32; piece.min(x.len())];
         let mut stats = Stats { zeroed, ..Stats::default() };
-        (self.kernels.compare)(x, &decoded, layout.blocksize, scales, &mut stats);
-        match layout.format.spec().bits {
+        let pieces = x.chunks(piece).zip(packed.chunks(if bits == 4 { piece / 2 } else { piece }));
+        for ((x, packed), scales) in pieces.zip(scales.chunks(piece / block)) {
+            let layout = Layout {
+                elements: x.len(),
+                packed: packed.len(),
+                scales: scales.len(),
+                nested: false,
+                // The scales are still f32 here, whatever the format stores.
+                ..*self.layout
+            };
+            let decoded = &mut decoded[..x.len()];
+            decode_plain(self.isa, &layout, packed, scales, decoded);
+            (self.kernels.compare)(x, decoded, block, scales, &mut stats);
+        }
+        match bits {
             4 => stats.count_packed(packed, x.len()),
             _ => stats.count_codes(packed),
         }

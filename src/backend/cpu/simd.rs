@@ -12,7 +12,7 @@ use super::Lanes;
 use crate::format::codebook::Codebook;
 use crate::quant::blockwise::{self, Blocks, Divisor};
 use crate::quant::rowwise;
-use crate::quant::stats::Stats;
+use crate::quant::stats::{Stats, Sums};
 
 /// Elements of a group.
 pub const GROUP: usize = 32;
@@ -85,6 +85,12 @@ pub trait Simd: Copy {
     fn decode2(self, table: Self::Table2, packed: &[u8; HALF], out: &mut [u16; GROUP]);
     /// Looks up packed codes, the first of a pair in the high half.
     fn decode4(self, table: Self::Table4, packed: &[u8; HALF], out: &mut [f32; GROUP]);
+
+    /// [`Sums::add`]
+    #[inline(always)]
+    fn add_sums(self, sums: &mut Sums, x: &[f32; GROUP], decoded: &[f32; GROUP]) {
+        sums.add(x, decoded);
+    }
 }
 
 /// Elements whose scales are found before the first of them is encoded: the chain from the
@@ -313,12 +319,17 @@ pub fn compare<S: Simd, T: Lanes>(
         let wide = &mut wide[..x.len()];
         let (groups, rest) = x.as_chunks::<GROUP>();
         let (to, to_rest) = wide.as_chunks_mut::<GROUP>();
-        for (x, to) in groups.iter().zip(to) {
+        let (values, values_rest) = decoded.as_chunks::<GROUP>();
+        let mut sums = Sums::default();
+        for ((x, to), decoded) in groups.iter().zip(to).zip(values) {
             simd.store(simd.load(x), to);
+            simd.add_sums(&mut sums, to, decoded);
         }
-        widen(rest, to_rest);
-        // The definition, compiled for this instruction set.
-        total.add(wide, decoded, *scale);
+        if !rest.is_empty() {
+            widen(rest, to_rest);
+            sums.add(to_rest, values_rest);
+        }
+        total.add_sums(&sums, wide, *scale);
     }
 }
 
