@@ -242,6 +242,61 @@ fn large_products_are_those_of_the_definition() {
     }
 }
 
+/// Gradients whose sums are taken apart: by threads, and by stretches of columns, the last of which
+/// is short.
+#[test]
+fn gradients_of_few_rows_are_those_of_the_definition() {
+    for (m, format, blocksize, rows, columns) in [
+        (1, Format::Nf4, 64, 139, 8256),
+        (2, Format::Mxfp4, 32, 61, 4128),
+        (3, Format::Fp4, 128, 77, 9088),
+        (4, Format::Int4, 4096, 66, 8192),
+    ] {
+        let case = Case {
+            format,
+            blocksize: Some(blocksize),
+            nested: m == 3,
+            rows,
+            columns,
+            m,
+            bias: false,
+            threads: 3,
+            seed: 13,
+        };
+        check::<bf16>(&case).unwrap();
+        check::<f32>(&case).unwrap();
+    }
+}
+
+#[test]
+fn gradients_of_few_rows_do_not_depend_on_who_was_first() {
+    let (rows, columns) = (512, 1024);
+    let case = Case {
+        format: Format::Nf4,
+        blocksize: None,
+        nested: false,
+        rows,
+        columns,
+        m: 1,
+        bias: false,
+        threads: 3,
+        seed: 3,
+    };
+    let mut random = Random(case.seed);
+    let stored = Stored::new(&case, &random.fill::<f32>(rows * columns, 0.05));
+    let grad = random.fill::<f32>(rows, 1.0);
+    for isa in Isa::available() {
+        let again = || {
+            let mut out = vec![0f32; columns];
+            let cpu = Cpu::with(isa, case.threads);
+            cpu.linear_backward(&stored.view(), [rows, columns], &grad, &mut out).unwrap();
+            out.iter().map(|x| x.to_bits()).collect::<Vec<u32>>()
+        };
+        let first = again();
+        assert!((0..20).all(|_| again() == first), "{}", isa.name());
+    }
+}
+
 #[test]
 fn no_rows_and_no_columns_are_no_trouble() {
     for (rows, columns, m) in [(0, 64, 3), (3, 0, 2), (3, 64, 0)] {
