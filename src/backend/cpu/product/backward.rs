@@ -33,8 +33,12 @@ const NOT_MANY: usize = 96;
 /// faster than short ones, and the sums of one row stay in the first-level cache.
 const FEW_COLUMNS: usize = 4096;
 
-/// Parts that each thread has in that case; each has sums of its own.
+/// Parts that each thread has in that case.
 const FEW_PARTS: usize = 2;
+
+/// Parts that walk down different rows of the same columns, at most: each has sums of its own, which
+/// have to be added up. More threads share the columns too.
+const DOWN: usize = 4;
 
 /// Rows of the weight whose scales are decoded at once.
 const ROWS: usize = 64;
@@ -97,7 +101,7 @@ pub fn backward<D: Engine, T: Lanes>(d: D, job: &Job<'_, T>, out: &Out<'_, T>) {
 
 /// Few rows of gradients: each part of the work walks down rows that follow one another in memory
 /// and has sums of its own, which are added up in their order at the end. So the number of threads
-/// says how a sum is taken apart, and never who was first.
+/// says how a sum is taken apart, and not who was first.
 fn few_gradients<D: Engine, T: Lanes>(
     d: D,
     job: &Job<'_, T>,
@@ -106,45 +110,50 @@ fn few_gradients<D: Engine, T: Lanes>(
     out: &Out<'_, T>,
 ) {
     let (m, chunk) = (gradients.m, CODES * D::LANES);
-    let width = job.columns.div_ceil(job.columns.div_ceil(FEW_COLUMNS)).next_multiple_of(STRETCH);
-    let stretches = || (0..job.columns).step_by(width).map(|at| at..job.columns.min(at + width));
-    // Sums of a part: of each stretch, of each row of gradients the vectors of all chunks.
-    let length = m * job.columns.next_multiple_of(chunk);
-    let threads = job.threads_of_few();
+    let threads = job.threads_of_few(m);
     let parts = if threads == 1 { 1 } else { threads * FEW_PARTS };
-    let rows = job.rows.div_ceil(parts).next_multiple_of(D::ROWS);
-    let parts = job.rows.div_ceil(rows);
-    let mut sums = Aligned::<f32>::zeroed(parts * length);
-    let all = Out::new(&mut sums, length);
-    threads::share_runs(threads, parts, |part| {
+    let down = parts.min(DOWN);
+    let across = parts.div_ceil(down).max(job.columns.div_ceil(FEW_COLUMNS));
+    let width = job.columns.div_ceil(across).next_multiple_of(STRETCH);
+    let across = job.columns.div_ceil(width);
+    let rows = job.rows.div_ceil(down).next_multiple_of(D::ROWS);
+    let down = job.rows.div_ceil(rows);
+    let stretch = |i: usize| {
+        let stretch = stretch_of(job, values, &(i * width..job.columns.min((i + 1) * width)));
+        let length = m * stretch.chunks::<D>() * chunk;
+        (stretch, length)
+    };
+    // Of all parts that walk down the same rows: of each stretch, of each row of gradients the
+    // vectors of all chunks.
+    let pitch = m * job.columns.next_multiple_of(chunk);
+    let mut sums = Aligned::<f32>::zeroed(down * pitch);
+    let all = Out::new(&mut sums, pitch);
+    threads::share_runs(threads, down * across, |part| {
+        let (part, (stretch, length)) = (part / across, stretch(part % across));
         // SAFETY: every part of the work adds to sums of its own.
-        let sums = unsafe { all.part(part, 0, length) };
-        let mut decoded = Vec::new();
-        let end = job.rows.min((part + 1) * rows);
-        for columns in stretches() {
-            let stretch = stretch_of(job, values, &columns);
-            let first = m * columns.start;
-            let sums = &mut sums[first..first + m * stretch.chunks::<D>() * chunk];
-            for first in (part * rows..end).step_by(ROWS) {
-                let count = ROWS.min(end - first);
-                let scales = scales_of(job, (first, count), &columns, &mut decoded);
-                let x = Gradients { x: &gradients.x[first..], ..gradients };
-                d.few_columns(&stretch, &Run { first, count, scales }, x, sums);
-            }
+        let sums = unsafe { all.part(part, m * stretch.start, length) };
+        let columns = stretch.start..stretch.start + stretch.width;
+        let (mut decoded, end) = (Vec::new(), job.rows.min((part + 1) * rows));
+        for first in (part * rows..end).step_by(ROWS) {
+            let count = ROWS.min(end - first);
+            let scales = scales_of(job, (first, count), &columns, &mut decoded);
+            let x = Gradients { x: &gradients.x[first..], ..gradients };
+            d.few_columns(&stretch, &Run { first, count, scales }, x, sums);
         }
     });
-    let (total, others) = sums.split_at_mut(length);
-    for part in others.chunks_exact(length) {
-        for (sum, more) in total.iter_mut().zip(part) {
-            *sum += more;
+    threads::share(threads, across, |part| {
+        let (stretch, length) = stretch(part);
+        let mut total = Aligned::<f32>::zeroed(length);
+        for part in sums.chunks_exact(pitch) {
+            for (sum, more) in total.iter_mut().zip(&part[m * stretch.start..]) {
+                *sum += more;
+            }
         }
-    }
-    for columns in stretches() {
-        let (start, chunks) = (columns.start, columns.len().div_ceil(chunk));
-        let sums = &total[m * start..];
+        let (columns, chunks) =
+            (stretch.start..stretch.start + stretch.width, stretch.chunks::<D>());
         let at = |c: usize, i: usize, v: usize| (i * chunks + c) * chunk + v * D::LANES;
-        finish_stretch(d, &columns, m, |c, i, v| &sums[at(c, i, v)..][..D::LANES], out);
-    }
+        finish_stretch(d, &columns, m, |c, i, v| &total[at(c, i, v)..][..D::LANES], out);
+    });
 }
 
 /// Writes the sums of a stretch; `vector(c, i, v)` are those of vector `v` of chunk `c` of row `i`.

@@ -57,10 +57,6 @@ const BATCH: usize = 512;
 /// Products for which it is worth to wake up another thread.
 const WORTH: usize = 1 << 18;
 
-/// Weights for which it is worth the same with few rows of activations, where what counts is how
-/// many bytes are read.
-const WORTH_READING: usize = 1 << 17;
-
 /// Bytes of packed weights in one part of the work for few rows, at most.
 const PART: usize = 64 * 1024;
 
@@ -222,10 +218,9 @@ impl<T> Job<'_, T> {
         self.cpu.threads.min(products / WORTH).max(1)
     }
 
-    /// The threads for few rows of activations.
-    fn threads_of_few(&self) -> usize {
-        let weights = self.rows.saturating_mul(self.columns);
-        self.cpu.threads.min(weights / WORTH_READING).max(1)
+    /// The threads for few rows of activations: one takes as long as two, to read the weight.
+    fn threads_of_few(&self, m: usize) -> usize {
+        self.threads(m.max(2))
     }
 }
 
@@ -291,7 +286,7 @@ fn few_rows<D: Engine, T: Lanes>(
     let Narrow { values, factor } = table::<D>(layout.format, values);
     let blocksize = layout.blocksize;
     let few = Few { packed: job.q.packed(), columns, blocksize, values, factor, m, x: &prepared };
-    let threads = job.threads_of_few();
+    let threads = job.threads_of_few(m);
     // With one thread a part less is a start less.
     let parts = if threads == 1 { 1 } else { threads * PARTS };
     let most = job.rows.div_ceil(parts).next_multiple_of(4);
