@@ -246,11 +246,12 @@ fn large_products_are_those_of_the_definition() {
 /// is short.
 #[test]
 fn gradients_of_few_rows_are_those_of_the_definition() {
-    for (m, format, blocksize, rows, columns) in [
-        (1, Format::Nf4, 64, 139, 8256),
-        (2, Format::Mxfp4, 32, 61, 4128),
-        (3, Format::Fp4, 128, 77, 9088),
-        (4, Format::Int4, 4096, 66, 8192),
+    for (threads, m, format, blocksize, rows, columns) in [
+        (3, 1, Format::Nf4, 64, 139, 8256),
+        (8, 1, Format::Nf4, 64, 139, 8256),
+        (2, 2, Format::Mxfp4, 32, 61, 4128),
+        (7, 3, Format::Fp4, 128, 77, 9088),
+        (3, 4, Format::Int4, 4096, 66, 8192),
     ] {
         let case = Case {
             format,
@@ -260,7 +261,7 @@ fn gradients_of_few_rows_are_those_of_the_definition() {
             columns,
             m,
             bias: false,
-            threads: 3,
+            threads,
             seed: 13,
         };
         check::<bf16>(&case).unwrap();
