@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::format::{Decode, Format, Scale};
 use crate::pack::check_len;
-use crate::quant::blockwise::e8m0_decode;
+use crate::quant::blockwise::e8m0_decode_all;
 use crate::quant::nested::{self, NESTED_BLOCKSIZE};
 
 /// Lengths of every buffer of a quantized tensor; they follow from format, shape and options.
@@ -124,31 +124,34 @@ impl Scales<'_> {
 
     /// Writes the f32 scales of the blocks from `first` on.
     pub fn decode(&self, first: usize, out: &mut [f32]) {
+        self.decode_by(nested::decode_block, e8m0_decode_all, first, out);
+    }
+
+    /// [`Scales::decode`] with kernels that compute what [`nested::decode_block`] and
+    /// [`e8m0_decode_all`] do.
+    pub fn decode_by(
+        &self,
+        nested: fn(&[u8], f32, f32, &mut [f32]),
+        e8m0: fn(&[u8], &mut [f32]),
+        first: usize,
+        out: &mut [f32],
+    ) {
+        let count = self.len().saturating_sub(first).min(out.len());
+        if count == 0 {
+            return; // `first` may be anywhere
+        }
+        let out = &mut out[..count];
         match *self {
-            Scales::Plain(scales) => {
-                for (out, scale) in out.iter_mut().zip(scales.iter().skip(first)) {
-                    *out = *scale;
-                }
-            }
-            Scales::E8M0(codes) => {
-                for (out, code) in out.iter_mut().zip(codes.iter().skip(first)) {
-                    *out = e8m0_decode(*code);
-                }
-            }
+            Scales::Plain(scales) => out.copy_from_slice(&scales[first..first + count]),
+            Scales::E8M0(codes) => e8m0(&codes[first..first + count], out),
             Scales::Nested { codes, absmax, offset } => {
                 let (mut at, mut out) = (first, out);
-                let count = codes.len().saturating_sub(first).min(out.len());
-                out = &mut out[..count];
                 while !out.is_empty() {
                     // Up to the end of the scales that share a scale.
                     let end = (NESTED_BLOCKSIZE - at % NESTED_BLOCKSIZE).min(out.len());
                     let (group, rest) = out.split_at_mut(end);
                     match absmax.get(at / NESTED_BLOCKSIZE) {
-                        Some(absmax) => {
-                            for (out, code) in group.iter_mut().zip(&codes[at..at + end]) {
-                                *out = nested::decode(*code, *absmax, offset);
-                            }
-                        }
+                        Some(absmax) => nested(&codes[at..at + end], *absmax, offset, group),
                         None => group.fill(0.0),
                     }
                     (at, out) = (at + end, rest);
@@ -256,6 +259,38 @@ mod tests {
         let layout = Layout::new(Format::Nf4, &[1 << 17, 1 << 16], Some(64), true).unwrap();
         assert_eq!((layout.elements, layout.scales), (1 << 33, 1 << 27));
         assert_eq!(layout.nested_scales(), 1 << 19);
+    }
+
+    #[test]
+    fn scales_from_any_block_on_are_those_of_all_blocks() {
+        let codes: Vec<u8> = (0..700).map(|i| (i * 37 % 256) as u8).collect();
+        let plain: Vec<f32> = (0..700).map(|i| i as f32).collect();
+        let nested = [0.5, 0.25, 2.0];
+        let all = [
+            Scales::Plain(&plain),
+            Scales::E8M0(&codes),
+            Scales::Nested { codes: &codes, absmax: &nested, offset: 0.125 },
+        ];
+        for scales in all {
+            let mut whole = vec![-1.0; 700];
+            scales.decode(0, &mut whole);
+            let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            for (first, count) in [(0, 1), (255, 2), (250, 300), (511, 189), (699, 1)] {
+                let mut part = vec![-1.0; count];
+                scales.decode(first, &mut part);
+                assert_eq!(bits(&part), bits(&whole[first..first + count]), "{first} {scales:.0?}");
+            }
+            // Beyond the last block nothing is written.
+            for first in [699, 700, usize::MAX] {
+                let mut part = [-1.0; 3];
+                scales.decode(first, &mut part);
+                assert_eq!(part[1..], [-1.0; 2]);
+            }
+        }
+        let want = |code: u8, absmax: f32| nested::decode(code, absmax, 0.125);
+        let mut some = [0.0; 2];
+        all[2].decode(511, &mut some);
+        assert_eq!(some, [want(codes[511], 0.25), want(codes[512], 2.0)]);
     }
 
     #[test]

@@ -273,6 +273,35 @@ fn compare_statistics<T: Lanes>(isa: Isa, case: Case, len: usize) {
     }
 }
 
+/// Scales of every length, from any place in the codes, and scales that no encoder makes.
+fn compare_scales(isa: Isa, case: Case) {
+    let (scalar, fast) = (Kernels::<f32>::SCALAR, Kernels::<f32>::of(isa));
+    let mut random = Random(case.seed ^ 3);
+    // All codes, then any: more than any step of vectors.
+    let codes: Vec<u8> = (0..=255).chain((0..75).map(|_| random.next() as u8)).collect();
+    let mut any = || f32::from_bits(random.next() as u32);
+    for (absmax, offset) in [(0.03, 0.05), (any(), any()), (f32::INFINITY, 1.0), (1e-45, 0.0)] {
+        for first in [0, 1, case.offset, 200] {
+            for len in [0, 1, 31, 32, 33, 63, 64, 65, 127, codes.len() - first] {
+                let codes = &codes[first..first + len];
+                let context = || format!("{} {absmax} {offset} {first} {len}", isa.name());
+                let [want, got] = [scalar.decode_nested, fast.decode_nested].map(|decode| {
+                    let mut out: Vec<f32> = scratch(len + 3, 0x5a);
+                    decode(codes, absmax, offset, &mut out[1..=len]);
+                    out
+                });
+                assert!(same(&want, &got), "nested: {}", context());
+                let [want, got] = [scalar.decode_e8m0, fast.decode_e8m0].map(|decode| {
+                    let mut out: Vec<f32> = scratch(len + 3, 0x5a);
+                    decode(codes, &mut out[1..=len]);
+                    out
+                });
+                assert_eq!(bits(&want), bits(&got), "e8m0: {}", context());
+            }
+        }
+    }
+}
+
 /// Every format, block size and length, for one element type.
 fn compare_all<T: Lanes>(isa: Isa, case: Case) {
     let (scalar, fast) = (Kernels::<T>::SCALAR, Kernels::<T>::of(isa));
@@ -316,6 +345,7 @@ proptest! {
     #[test]
     fn every_instruction_set_computes_what_scalar_computes(case in cases()) {
         for isa in Isa::available() {
+            compare_scales(isa, case);
             compare_all::<f32>(isa, case);
             compare_all::<f16>(isa, case);
             compare_all::<bf16>(isa, case);

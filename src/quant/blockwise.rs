@@ -89,6 +89,13 @@ pub fn e8m0_decode(code: u8) -> f32 {
     }
 }
 
+/// The scales of blocks, back from their codes.
+pub fn e8m0_decode_all(codes: &[u8], out: &mut [f32]) {
+    for (out, code) in out.iter_mut().zip(codes) {
+        *out = e8m0_decode(*code);
+    }
+}
+
 /// The code of a scale made by [`e8m0_scale`].
 #[inline(always)]
 pub fn e8m0_encode(scale: f32) -> u8 {

@@ -70,6 +70,13 @@ pub fn decode(code: u8, nested_absmax: f32, offset: f32) -> f32 {
     DYNAMIC.values[usize::from(code)] * nested_absmax + offset
 }
 
+/// The scales of a nested block, back from their codes.
+pub fn decode_block(codes: &[u8], nested_absmax: f32, offset: f32, out: &mut [f32]) {
+    for (out, code) in out.iter_mut().zip(codes) {
+        *out = decode(*code, nested_absmax, offset);
+    }
+}
+
 const TABLE_STEPS: f32 = 65_535.0;
 
 /// bitsandbytes' CPU code finds 8-bit codes through 65,536 steps between -1 and 1

@@ -158,6 +158,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn add(self, a: Self::Floats, b: Self::Floats) -> Self::Floats {
+        each!(a, b => _mm256_add_ps(a, b))
+    }
+
+    #[inline(always)]
     fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats {
         each!(a, b => _mm256_mul_ps(a, b))
     }
@@ -314,6 +319,19 @@ impl Simd for Avx2 {
         each!(x => {
             let bytes = _mm_loadl_epi64(x.as_ptr().cast());
             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))
+        })
+    }
+
+    #[inline(always)]
+    fn exponents(self, codes: &[u8; GROUP]) -> Self::Floats {
+        let codes: &[[u8; 8]] = codes.as_chunks().0;
+        each!(codes => {
+            let codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(codes.as_ptr().cast()));
+            // The upper half of the mantissa: all of the least number, and what makes a NaN.
+            let half = _mm256_set1_epi32(1 << 22);
+            let bits = _mm256_max_epi32(_mm256_slli_epi32::<23>(codes), half);
+            let nan = _mm256_cmpeq_epi32(codes, _mm256_set1_epi32(255));
+            _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_and_si256(nan, half)))
         })
     }
 

@@ -186,6 +186,11 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn add(self, a: Self::Floats, b: Self::Floats) -> Self::Floats {
+        each!(a, b => _mm512_add_ps(a, b))
+    }
+
+    #[inline(always)]
     fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats {
         each!(a, b => _mm512_mul_ps(a, b))
     }
@@ -378,6 +383,19 @@ impl Simd for Avx512 {
         each!(x => {
             let bytes = _mm_loadu_si128(x.as_ptr().cast());
             _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))
+        })
+    }
+
+    #[inline(always)]
+    fn exponents(self, codes: &[u8; GROUP]) -> Self::Floats {
+        let codes: &[[u8; 16]] = codes.as_chunks().0;
+        each!(codes => {
+            let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.as_ptr().cast()));
+            // The upper half of the mantissa: all of the least number, and what makes a NaN.
+            let half = _mm512_set1_epi32(1 << 22);
+            let bits = _mm512_max_epi32(_mm512_slli_epi32::<23>(codes), half);
+            let nan = _mm512_cmpeq_epi32_mask(codes, _mm512_set1_epi32(255));
+            _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, nan, bits, half))
         })
     }
 

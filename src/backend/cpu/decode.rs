@@ -1,11 +1,11 @@
 //! Dequantization of a whole tensor, of any range of it, and of chosen rows.
 
 use super::threads::share_items;
-use super::{Cpu, Kernels, Lanes, RUN};
+use super::{Cpu, Kernels, Lanes, RUN, scales};
 use crate::error::{Error, Result};
 use crate::format::Decode;
 use crate::pack::check_len;
-use crate::tensor::{QTensor, Scales};
+use crate::tensor::QTensor;
 
 impl Cpu {
     /// Decodes a tensor: value = decode(code) * scale in f32, rounded once to `T`.
@@ -87,14 +87,7 @@ fn decode_run<T: Lanes>(kernels: &Kernels<T>, q: &QTensor<'_>, first: usize, out
     let block = layout.blocksize.max(1);
     let mut decoded = Vec::new();
     let blocks = out.len().div_ceil(block);
-    let scales = match q.scales() {
-        Scales::Plain(scales) => &scales[first..first + blocks],
-        quantized => {
-            decoded.resize(blocks, 0.0);
-            quantized.decode(first, &mut decoded);
-            &decoded
-        }
-    };
+    let scales = scales::of_blocks(kernels.isa, q.scales(), first..first + blocks, &mut decoded);
     let decode = layout.format.spec().decode;
     let codes = match decode {
         Decode::Codebook4(_) => &q.packed()[first * block / 2..],

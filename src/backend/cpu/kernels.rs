@@ -9,8 +9,8 @@ use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::format::codebook::Codebook;
 use crate::quant::blockwise::{self, Blocks};
-use crate::quant::rowwise;
 use crate::quant::stats::{self, Stats};
+use crate::quant::{nested, rowwise};
 
 #[cfg(target_arch = "aarch64")]
 use super::neon::{self, Lanes4, Neon, NeonBf16};
@@ -56,6 +56,10 @@ pub struct Kernels<T: 'static> {
     pub quantize_row: fn(&[T], &mut [i8]) -> f32,
     /// [`rowwise::dequantize_row`]
     pub dequantize_row: fn(&[i8], f32, &mut [T]),
+    /// [`nested::decode_block`]
+    pub decode_nested: fn(&[u8], f32, f32, &mut [f32]),
+    /// [`blockwise::e8m0_decode_all`]
+    pub decode_e8m0: fn(&[u8], &mut [f32]),
     /// [`stats::compare`]
     pub compare: fn(&[T], &[f32], usize, &[f32], &mut Stats),
 }
@@ -70,6 +74,8 @@ impl<T: Lanes> Kernels<T> {
         dequantize8: blockwise::dequantize8::<T>,
         quantize_row: rowwise::quantize_row::<T>,
         dequantize_row: rowwise::dequantize_row::<T>,
+        decode_nested: nested::decode_block,
+        decode_e8m0: blockwise::e8m0_decode_all,
         compare: stats::compare::<T>,
     };
 

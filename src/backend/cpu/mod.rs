@@ -18,6 +18,7 @@ mod neon;
 mod openmp;
 mod product;
 mod quantize;
+mod scales;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod simd;
 pub mod threads;

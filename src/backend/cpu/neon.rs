@@ -180,6 +180,12 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn add(self, a: Self::Floats, b: Self::Floats) -> Self::Floats {
+        // SAFETY: `self` proves NEON.
+        from_fn(|i| unsafe { vaddq_f32(a[i], b[i]) })
+    }
+
+    #[inline(always)]
     fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats {
         // SAFETY: `self` proves NEON.
         from_fn(|i| unsafe { vmulq_f32(a[i], b[i]) })
@@ -298,6 +304,24 @@ impl Simd for Neon {
                 let words = vmovl_s8(vld1_s8(x[i / 2].as_ptr()));
                 let half = if i % 2 == 0 { vget_low_s16(words) } else { vget_high_s16(words) };
                 vcvtq_f32_s32(vmovl_s16(half))
+            }
+        })
+    }
+
+    #[inline(always)]
+    fn exponents(self, codes: &[u8; GROUP]) -> Self::Floats {
+        let codes = codes.as_chunks::<8>().0;
+        from_fn(|i| {
+            // SAFETY: `self` proves NEON; a chunk is eight readable bytes.
+            unsafe {
+                let words = vmovl_u8(vld1_u8(codes[i / 2].as_ptr()));
+                let part = if i % 2 == 0 { vget_low_u16(words) } else { vget_high_u16(words) };
+                let codes = vmovl_u16(part);
+                // The upper half of the mantissa: all of the least number, and what makes a NaN.
+                let half = vdupq_n_u32(1 << 22);
+                let bits = vmaxq_u32(vshlq_n_u32::<23>(codes), half);
+                let nan = vceqq_u32(codes, vdupq_n_u32(255));
+                vreinterpretq_f32_u32(vorrq_u32(bits, vandq_u32(nan, half)))
             }
         })
     }

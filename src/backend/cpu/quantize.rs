@@ -174,7 +174,7 @@ impl Cpu {
             let mut decoded = vec![0f32; x.len()];
             one.dequantize_range(q, i * run, &mut decoded)?;
             let mut scales = vec![0f32; x.len().div_ceil(block)];
-            q.scales().decode(i * run / block, &mut scales);
+            super::scales::decode(self.isa, q.scales(), i * run / block, &mut scales);
             let mut stats = Stats::default();
             (kernels.compare)(x, &decoded, block, &scales, &mut stats);
             Ok(stats)

@@ -9,10 +9,10 @@
 //! (see `entry_points!`); none may become a function of its own.
 
 use super::Lanes;
-use crate::format::codebook::Codebook;
+use crate::format::codebook::{Codebook, DYNAMIC};
 use crate::quant::blockwise::{self, Blocks, Divisor};
-use crate::quant::rowwise;
 use crate::quant::stats::{Stats, Sums};
+use crate::quant::{nested, rowwise};
 
 /// Elements of a group.
 pub const GROUP: usize = 32;
@@ -44,6 +44,8 @@ pub trait Simd: Copy {
     fn splat(self, x: f32) -> Self::Floats;
     /// The same number in every lane.
     fn splat_int(self, x: i32) -> Self::Ints;
+    /// Sums.
+    fn add(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// Products.
     fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// The larger of `largest` and the bits of |x|, as integers.
@@ -72,6 +74,8 @@ pub trait Simd: Copy {
     fn bytes(self, x: Self::Ints) -> [u8; GROUP];
     /// Signed bytes as f32.
     fn signed(self, x: &[i8; GROUP]) -> Self::Floats;
+    /// [`blockwise::e8m0_decode`]
+    fn exponents(self, codes: &[u8; GROUP]) -> Self::Floats;
     /// `values[code]`.
     fn gather(self, values: &[f32; 256], codes: &[u8; GROUP]) -> Self::Floats;
 
@@ -304,6 +308,36 @@ pub fn dequantize_row<S: Simd, T: Lanes>(simd: S, codes: &[i8], absmax: f32, out
     }
 }
 
+/// [`nested::decode_block`]
+#[inline(always)]
+pub fn decode_nested<S: Simd>(
+    simd: S,
+    codes: &[u8],
+    nested_absmax: f32,
+    offset: f32,
+    out: &mut [f32],
+) {
+    let (scale, shift) = (simd.splat(nested_absmax), simd.splat(offset));
+    let (groups, rest) = out.as_chunks_mut::<GROUP>();
+    let (codes, codes_rest) = codes.as_chunks::<GROUP>();
+    for (out, codes) in groups.iter_mut().zip(codes) {
+        let values = simd.gather(&DYNAMIC.values, codes);
+        simd.store(simd.add(simd.mul(values, scale), shift), out);
+    }
+    nested::decode_block(codes_rest, nested_absmax, offset, rest);
+}
+
+/// [`blockwise::e8m0_decode_all`]
+#[inline(always)]
+pub fn decode_e8m0<S: Simd>(simd: S, codes: &[u8], out: &mut [f32]) {
+    let (groups, rest) = out.as_chunks_mut::<GROUP>();
+    let (codes, codes_rest) = codes.as_chunks::<GROUP>();
+    for (out, codes) in groups.iter_mut().zip(codes) {
+        simd.store(simd.exponents(codes), out);
+    }
+    blockwise::e8m0_decode_all(codes_rest, rest);
+}
+
 /// [`crate::quant::stats::compare`]
 #[inline(always)]
 pub fn compare<S: Simd, T: Lanes>(
@@ -398,7 +432,7 @@ macro_rules! entry_points {
                 isa: Isa::$isa(proof),
                 $(
                     // SAFETY: `proof` exists, so the machine has the features.
-                    $name: |$($arg),+| unsafe { $name($($arg),+) },
+                    $name: |$($arg),+| unsafe { $name::<T>($($arg),+) },
                 )+
             }
         }
@@ -411,6 +445,8 @@ macro_rules! entry_points {
             fn dequantize8(values: &[f32; 256], blocksize: usize, codes: &[u8], scales: &[f32], out: &mut [T]);
             fn quantize_row(x: &[T], codes: &mut [i8]) -> f32;
             fn dequantize_row(codes: &[i8], absmax: f32, out: &mut [T]);
+            fn decode_nested(codes: &[u8], nested_absmax: f32, offset: f32, out: &mut [f32]);
+            fn decode_e8m0(codes: &[u8], out: &mut [f32]);
             fn compare(x: &[T], decoded: &[f32], block: usize, scales: &[f32], total: &mut Stats);
         });
     };

@@ -13,7 +13,7 @@ use super::avx512::{self, Avx512};
 use super::simd::{self, GROUP, Simd, encode8, find_scales};
 use super::{Kernels, Lanes};
 use crate::format::cells::Octaves;
-use crate::format::codebook::Codebook;
+use crate::format::codebook::{Codebook, DYNAMIC};
 use crate::quant::blockwise::{Blocks, Divisor};
 
 /// Proof that the machine has AVX-512 VBMI beside everything of [`Avx512`].
@@ -35,6 +35,10 @@ pub const fn kernels<T: Lanes>(Vbmi(proof): Vbmi) -> Kernels<T> {
         // SAFETY: as above.
         dequantize8: |values, blocksize, codes, scales, out| unsafe {
             dequantize8(values, blocksize, codes, scales, out);
+        },
+        // SAFETY: as above.
+        decode_nested: |codes, absmax, offset, out| unsafe {
+            decode_nested(codes, absmax, offset, out);
         },
         ..avx512::kernels(proof)
     }
@@ -272,5 +276,57 @@ fn dequantize8<T: Lanes>(
             decode(&padded, &mut decoded);
             rest.copy_from_slice(&decoded[..rest.len()]);
         }
+    }
+}
+
+/// The bytes of a table of floats, a plane for each place of a byte.
+#[repr(align(64))]
+struct Bytes([[u8; 256]; 4]);
+
+impl Bytes {
+    const fn new(values: &[f32; 256]) -> Self {
+        let mut planes = [[0; 256]; 4];
+        let mut i = 0;
+        while i < 256 {
+            let bytes = values[i].to_le_bytes();
+            let mut place = 0;
+            while place < 4 {
+                planes[place][i] = bytes[place];
+                place += 1;
+            }
+            i += 1;
+        }
+        Self(planes)
+    }
+}
+
+/// What the codes of nested scales stand for. There are few scales at a time: to make these
+/// anew would take as long as to use them.
+static NESTED: Bytes = Bytes::new(&DYNAMIC.values);
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c")]
+fn decode_nested(codes: &[u8], nested_absmax: f32, offset: f32, out: &mut [f32]) {
+    let [a, b, c, d] = &NESTED.0;
+    let table = [quarters(a), quarters(b), quarters(c), quarters(d)];
+    let (scale, shift) = (_mm512_set1_ps(nested_absmax), _mm512_set1_ps(offset));
+    let decode = |codes: &[u8; STEP], out: &mut [f32; STEP]| {
+        let values = floats_at(&table, transposed(load(codes)));
+        for (values, out) in values.into_iter().zip(out.as_chunks_mut::<16>().0) {
+            let scales = _mm512_add_ps(_mm512_mul_ps(values, scale), shift);
+            // SAFETY: the array is as long as the vector.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), scales) };
+        }
+    };
+    let (steps, rest) = out.as_chunks_mut::<STEP>();
+    let (codes, codes_rest) = codes.as_chunks::<STEP>();
+    for (out, codes) in steps.iter_mut().zip(codes) {
+        decode(codes, out);
+    }
+    if !rest.is_empty() {
+        let (mut padded, mut decoded) = ([0; STEP], [0.0; STEP]);
+        let length = rest.len().min(codes_rest.len());
+        padded[..length].copy_from_slice(&codes_rest[..length]);
+        decode(&padded, &mut decoded);
+        rest[..length].copy_from_slice(&decoded[..length]);
     }
 }

@@ -5,7 +5,7 @@ use super::{Cut, rows};
 use crate::backend::cpu::aligned::LINE;
 use crate::backend::cpu::product::Out;
 use crate::backend::cpu::threads::share;
-use crate::backend::cpu::{Kernels, Lanes};
+use crate::backend::cpu::{Isa, Kernels, Lanes, scales};
 use crate::quant::integer::{GROUP, Integers, group_scale};
 use crate::tensor::{QTensor, Scales};
 
@@ -101,6 +101,8 @@ fn halve(codes: &[i8], out: &mut [i8]) {
 pub struct Four<'a> {
     /// The weight.
     pub q: &'a QTensor<'a>,
+    /// What decodes its scales.
+    pub isa: Isa,
     /// What its codes stand for.
     pub integers: &'a Integers,
     /// Length of a row of the weight.
@@ -119,7 +121,7 @@ impl Four<'_> {
             Scales::Plain(scales) => &scales[first..first + blocks],
             quantized => {
                 let decoded = &mut decoded[..blocks];
-                quantized.decode(first, decoded);
+                scales::decode(self.isa, quantized, first, decoded);
                 decoded
             }
         }

@@ -153,7 +153,8 @@ impl Integer {
             general::bias_only(&bias, out);
             return Ok(());
         }
-        let kernels = Kernels::<T>::of(self.cpu.isa);
+        let isa = self.cpu.isa;
+        let kernels = Kernels::<T>::of(isa);
         #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
         if columns.is_multiple_of(layout.blocksize) {
             let few = tokens <= rows::TILE;
@@ -194,12 +195,12 @@ impl Integer {
                 Unit::NeonDot(_) => Some(arranged!(super::neon::NeonDot)),
             };
             if let Some(x) = arranged {
-                self.four(&Four { q, integers, columns, x, bias: &bias }, out);
+                self.four(&Four { q, isa, integers, columns, x, bias: &bias }, out);
                 return Ok(());
             }
         }
         let x = Arranged::quantize(&kernels, self.cpu.threads, (x, columns), 1, 0, |_, _| ());
-        general::four(self.cpu.threads, &Four { q, integers, columns, x, bias: &bias }, out);
+        general::four(self.cpu.threads, &Four { q, isa, integers, columns, x, bias: &bias }, out);
         Ok(())
     }
 

@@ -123,16 +123,19 @@ impl Vector for Avx512 {
 #[inline(always)]
 unsafe fn runs<const BLOCKS: usize>(from: *const f32) -> __m512 {
     // SAFETY: only called with a proof of AVX-512 F at hand; the caller vouches for `BLOCKS`
-    // numbers. Masked broadcasts take load ports and leave the shuffles to the codes.
+    // numbers. A load repeats them in every quarter, of which one shuffle takes what is wanted.
     unsafe {
-        let one = |i: usize| _mm512_set1_ps(*from.add(i));
         match BLOCKS {
-            1 => one(0),
-            2 => _mm512_mask_blend_ps(0xff00, one(0), one(1)),
+            1 => _mm512_set1_ps(*from),
+            2 => {
+                let pairs = _mm512_set1_pd(from.cast::<f64>().read_unaligned());
+                let places = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+                _mm512_permutevar_ps(_mm512_castpd_ps(pairs), places)
+            }
             _ => {
-                let low = _mm512_mask_blend_ps(0x00f0, one(0), one(1));
-                let high = _mm512_mask_blend_ps(0xf000, one(2), one(3));
-                _mm512_mask_blend_ps(0xff00, low, high)
+                let fours = _mm512_broadcast_f32x4(_mm_loadu_ps(from));
+                let places = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+                _mm512_permutevar_ps(fours, places)
             }
         }
     }

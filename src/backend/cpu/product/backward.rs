@@ -14,7 +14,7 @@ use super::lanes::{CODES, panel_rows};
 use super::out::Out;
 use super::stretch::{Gradients, RowScales, Run, Stretch, ordered};
 use super::tiles::Panel;
-use super::{BATCH, Job, Lanes, converted, decode_dense, threads};
+use super::{BATCH, Job, Lanes, converted, decode_dense, scales, threads};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::aligned::Aligned;
 use crate::tensor::Scales;
@@ -238,7 +238,7 @@ fn scales_of<'a, T>(
         scales => {
             decoded.resize(count * here, 0.0);
             for (row, decoded) in (first..).zip(decoded.chunks_exact_mut(here)) {
-                scales.decode(row * blocks + start, decoded);
+                scales::decode(job.cpu.isa, scales, row * blocks + start, decoded);
             }
             RowScales { scales: decoded, blocks: here }
         }

@@ -5,12 +5,13 @@
 
 use super::ahead::AHEAD;
 use super::lanes::{CODES, Dot};
+use crate::backend::cpu::aligned::LINE;
 
 /// The most rows of activations that share one pass over the weight.
 pub const FEW: usize = 4;
 
 /// Bytes of activations that stay in the first-level cache beside a stream of weights.
-const HOT: usize = 32 * 1024;
+const HOT: usize = 34 * 1024;
 
 /// As [`AHEAD`], but behind the next rows, where activations leave less room.
 const FAR: usize = 4096;
@@ -136,7 +137,7 @@ fn blocks<D: Dot, const M: usize, const B: usize>(
 ) {
     let (count, bytes, blocks) = (out.len() / M, few.row_bytes(), few.blocks());
     let chunks = few.columns.div_ceil(CODES * D::LANES);
-    assert!(few.x.len() == M * chunks * CODES * D::LANES);
+    assert!(few.x.len() / M >= chunks * CODES * D::LANES);
     // Rows share the loads of activations; the more, the further apart the streams of codes.
     let together = match (D::LANES >= 16, M) {
         (true, 1) if few.hot() => 1,
@@ -147,7 +148,7 @@ fn blocks<D: Dot, const M: usize, const B: usize>(
     let table = d.table(&few.values);
     let mut n = 0;
     while n < count {
-        let packed = &few.packed[(first + n) * bytes..(first + count) * bytes];
+        let packed = &few.packed[(first + n) * bytes..];
         let (scales, out) = (&scales[n * blocks..], &mut out[n * M..]);
         n += match together.min(count - n) {
             4 => group::<D, M, B, 4>(d, few, table, packed, scales, out),
@@ -173,31 +174,18 @@ fn group<D: Dot, const M: usize, const B: usize, const R: usize>(
     let chunks = few.columns / chunk;
     // With blocks longer than a chunk, chunks share a scale.
     let share = (few.blocksize / chunk).max(1).trailing_zeros();
-    let hot = few.hot();
     let mut acc = [[d.splat(0.0); M]; R];
     // SAFETY: whole chunks of codes, their scales and their activations lie inside the slices,
     // as counted here and in `blocks`; where less than a chunk is left of the slice it is copied,
     // with zeros behind it.
     unsafe {
+        if few.hot() {
+            chunks_of_rows::<D, M, B, R, true>(d, few, table, packed, scales, &mut acc);
+        } else {
+            chunks_of_rows::<D, M, B, R, false>(d, few, table, packed, scales, &mut acc);
+        }
         let mut words = [d.words([0u8; 64].as_ptr()); R];
         let mut scale = [d.splat(0.0); R];
-        for c in 0..chunks {
-            let block = (c * B) >> share;
-            for r in 0..R {
-                // In the order in which rows lie in memory. What comes as near as the second-level
-                // cache does not take the few places of lines on their way to the first.
-                let next = packed.as_ptr().wrapping_add((c * R + r) * (chunk / 2));
-                if hot {
-                    d.prefetch_far(next.wrapping_add(AHEAD));
-                } else {
-                    d.prefetch(next.wrapping_add(R * bytes));
-                    d.prefetch_far(next.wrapping_add(R * bytes + FAR));
-                }
-                words[r] = d.words(packed.as_ptr().add(r * bytes + c * chunk / 2));
-                scale[r] = d.scales::<B>(scales.as_ptr().add(r * blocks + block));
-            }
-            step(d, few, table, words, few.x.as_ptr().add(c * chunk), scale, &mut acc);
-        }
         if few.columns % chunk != 0 {
             for r in 0..R {
                 let (mut last, mut last_scales) = ([0u8; 64], [0f32; BLOCKS]);
@@ -226,6 +214,62 @@ fn group<D: Dot, const M: usize, const B: usize, const R: usize>(
         }
     }
     R
+}
+
+/// All whole chunks of `R` rows. `HOT`: see [`Few::hot`].
+///
+/// # Safety
+/// There are `R` rows of codes and scales, and `M` of activations.
+#[inline(always)]
+unsafe fn chunks_of_rows<
+    D: Dot,
+    const M: usize,
+    const B: usize,
+    const R: usize,
+    const HOT: bool,
+>(
+    d: D,
+    few: &Few<'_, D::X>,
+    table: D::Table,
+    packed: &[u8],
+    scales: &[f32],
+    acc: &mut [[D::F; M]; R],
+) {
+    let (bytes, blocks, chunk) = (few.row_bytes(), few.blocks(), CODES * D::LANES);
+    let share = (few.blocksize / chunk).max(1).trailing_zeros();
+    if M > 1 {
+        // Scales are a stream of their own, too thin to be fetched ahead without being asked for.
+        let rows_ahead = if HOT { (AHEAD / bytes).max(R) } else { R };
+        let next = scales.as_ptr().wrapping_add(rows_ahead * blocks).cast::<u8>();
+        for line in 0..(R * blocks).div_ceil(LINE / size_of::<f32>()) {
+            d.prefetch(next.wrapping_add(line * LINE));
+        }
+    }
+    for c in 0..few.columns / chunk {
+        let block = (c * B) >> share;
+        // SAFETY: the caller vouches for whole rows; scales of a chunk are those of its blocks.
+        unsafe {
+            let mut words = [d.words(packed.as_ptr().add(c * chunk / 2)); R];
+            let mut scale = [d.splat(0.0); R];
+            for r in 0..R {
+                // In the order in which rows lie in memory. What comes as near as the second-level
+                // cache does not take the few places of lines on their way to the first; where
+                // there is more to do for each line, places are free.
+                let next = packed.as_ptr().wrapping_add((c * R + r) * (chunk / 2));
+                if HOT && M == 1 {
+                    d.prefetch_far(next.wrapping_add(AHEAD));
+                } else if HOT {
+                    d.prefetch(next.wrapping_add(AHEAD));
+                } else {
+                    d.prefetch(next.wrapping_add(R * bytes));
+                    d.prefetch_far(next.wrapping_add(R * bytes + FAR));
+                }
+                words[r] = d.words(packed.as_ptr().add(r * bytes + c * chunk / 2));
+                scale[r] = d.scales::<B>(scales.as_ptr().add(r * blocks + block));
+            }
+            step(d, few, table, words, few.x.as_ptr().add(c * chunk), scale, acc);
+        }
+    }
 }
 
 /// A chunk of each of `R` rows.

@@ -44,7 +44,7 @@ use self::narrow::{Narrow, narrow};
 pub(super) use self::out::Out;
 use self::portable::Portable;
 use super::aligned::{Aligned, LINE};
-use super::{Cpu, Isa, Lanes, threads};
+use super::{Cpu, Isa, Lanes, scales, threads};
 use crate::dtype::{Dtype, Element};
 use crate::error::{Error, Result};
 use crate::format::Decode;
@@ -62,6 +62,9 @@ const PART: usize = 64 * 1024;
 
 /// Parts that each thread has of a small product, at least, so that none waits long for the last.
 const PARTS: usize = 8;
+
+/// Rows of the weight whose scales are decoded at a time, for few rows of activations.
+const DECODED_ROWS: usize = 4;
 
 /// Bytes of a page, and of the distance at which lines share a set of the first-level cache.
 const PAGE: usize = 4096;
@@ -278,10 +281,12 @@ fn few_rows<D: Engine, T: Lanes>(
     let (layout, columns) = (job.q.layout(), job.columns);
     let mut wide = Aligned::default();
     let x = converted(d, x, &mut wide);
-    let stride = columns.next_multiple_of(8 * D::LANES);
+    let padded = columns.next_multiple_of(8 * D::LANES);
+    // Rows a power of two apart would be taken for each other by the first-level cache.
+    let stride = padded + if m > 1 { LINE / size_of::<D::X>() } else { 0 };
     let mut prepared = Aligned::zeroed(m * stride);
     for (row, out) in x.chunks_exact(columns).zip(prepared.chunks_exact_mut(stride)) {
-        few::prepare::<D>(row, D::LANES, out);
+        few::prepare::<D>(row, D::LANES, &mut out[..padded]);
     }
     let Narrow { values, factor } = table::<D>(layout.format, values);
     let blocksize = layout.blocksize;
@@ -291,21 +296,22 @@ fn few_rows<D: Engine, T: Lanes>(
     let parts = if threads == 1 { 1 } else { threads * PARTS };
     let most = job.rows.div_ceil(parts).next_multiple_of(4);
     let rows = (PART / (columns / 2)).max(4).min(most) / 4 * 4;
+    // Scales are decoded a few rows at a time: while they are, codes arrive.
+    let together = match job.q.scales() {
+        Scales::Plain(_) => rows,
+        _ => DECODED_ROWS.min(rows),
+    };
     threads::share_runs(threads, job.rows.div_ceil(rows), |part| {
         let first = part * rows;
         let count = rows.min(job.rows - first);
-        let (start, length) = (first * few.blocks(), count * few.blocks());
         let mut decoded = Vec::new();
-        let scales = match job.q.scales() {
-            Scales::Plain(scales) => &scales[start..start + length],
-            scales => {
-                decoded.resize(length, 0.0);
-                scales.decode(start, &mut decoded);
-                &decoded
-            }
-        };
         let mut sums = vec![0.0; count * m];
-        d.rows(&few, first, scales, &mut sums);
+        let runs = (first..).step_by(together).zip(sums.chunks_mut(together * m));
+        for (first, sums) in runs {
+            let blocks = first * few.blocks()..(first + sums.len() / m) * few.blocks();
+            let scales = scales::of_blocks(job.cpu.isa, job.q.scales(), blocks, &mut decoded);
+            d.rows(&few, first, scales, sums);
+        }
         finish(d, job.bias, &sums, m, first, count, out);
     });
 }
@@ -420,7 +426,8 @@ fn many_rows<D: Engine, T: Lanes>(
         x
     };
     let one = Cpu { threads: 1, ..job.cpu };
-    let scales = |first: usize, out: &mut [f32]| job.q.scales().decode(first, out);
+    let isa = job.cpu.isa;
+    let scales = |first: usize, out: &mut [f32]| scales::decode(isa, job.q.scales(), first, out);
     let decode = |row: usize, at: usize, out: &mut [D::X]| decode_dense(&one, job, row, at, out);
     let source = match codebook {
         Some(values) => {
