@@ -21,7 +21,6 @@ impl Dot for Avx2 {
     type Ints = __m256i;
     const TILE: usize = 2;
     const HIGH: usize = 2;
-    const FEW: usize = 4;
     const BIAS: u8 = 0;
 
     #[inline(always)]

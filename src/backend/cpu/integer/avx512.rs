@@ -23,7 +23,6 @@ macro_rules! dot {
             type Ints = __m512i;
             const TILE: usize = 6;
             const HIGH: usize = 8;
-            const FEW: usize = 2;
             const BIAS: u8 = $bias;
 
             #[inline(always)]

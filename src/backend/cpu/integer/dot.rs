@@ -13,8 +13,6 @@ pub trait Dot: Vector {
     /// The same without counting the sums of f32, where two such tiles do better than three; at
     /// most 8.
     const HIGH: usize;
-    /// The most rows of activations with which a four-bit weight is multiplied as it lies.
-    const FEW: usize;
     /// What is added to the bytes of a weight before they are multiplied, so that they have no
     /// sign: 128, or 0 where signs need no help.
     const BIAS: u8;

@@ -249,7 +249,7 @@ impl Integer {
         macro_rules! product {
             ($with:ident, $d:ident) => {{
                 let kernels = Kernels::of(self.cpu.isa);
-                if job.tokens <= few($d) {
+                if job.tokens <= rows::TILE {
                     let x = rows::arranged($d, &kernels, threads, &job);
                     let job = job.with(x);
                     spread::rows(threads, job.cut(), out, |rows, sums| {
@@ -346,11 +346,6 @@ const fn of_dot<D: dot::Dot>() -> (usize, i32) {
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 const fn panel_rows<D: dot::Dot>(_: D) -> usize {
     2 * D::LANES
-}
-
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-const fn few<D: dot::Dot>(_: D) -> usize {
-    D::FEW
 }
 
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]

@@ -23,7 +23,6 @@ macro_rules! dot {
             type Ints = [int32x4_t; 2];
             const TILE: usize = 4;
             const HIGH: usize = 4;
-            const FEW: usize = 4;
             const BIAS: u8 = 0;
 
             #[inline(always)]
