@@ -20,6 +20,7 @@ macro_rules! isa {
 impl Dot for Avx2 {
     type Ints = __m256i;
     const TILE: usize = 2;
+    const HIGH: usize = 2;
     const BIAS: u8 = 0;
 
     #[inline(always)]
@@ -86,6 +87,24 @@ impl Dot for Avx2 {
             let high = _mm256_and_si256(_mm256_srli_epi16::<4>(packed), half);
             let low = _mm256_and_si256(packed, half);
             [_mm256_shuffle_epi8(table, high), _mm256_shuffle_epi8(table, low)]
+        })
+    }
+    #[inline(always)]
+    unsafe fn columns(self, rows: *const u8, stride: usize) -> [__m256i; 4] {
+        isa!({
+            let mut r = [_mm256_setzero_si256(); 4];
+            for (j, r) in r.iter_mut().enumerate() {
+                let row = |i: usize| _mm_loadu_si128(rows.add((4 * i + j) * stride).cast());
+                *r = _mm256_set_m128i(row(1), row(0));
+            }
+            let (ab, cd) = (_mm256_unpacklo_epi32(r[0], r[1]), _mm256_unpacklo_epi32(r[2], r[3]));
+            let (ef, gh) = (_mm256_unpackhi_epi32(r[0], r[1]), _mm256_unpackhi_epi32(r[2], r[3]));
+            [
+                _mm256_unpacklo_epi64(ab, cd),
+                _mm256_unpackhi_epi64(ab, cd),
+                _mm256_unpacklo_epi64(ef, gh),
+                _mm256_unpackhi_epi64(ef, gh),
+            ]
         })
     }
     #[inline(always)]

@@ -22,6 +22,7 @@ macro_rules! dot {
         impl Dot for $name {
             type Ints = __m512i;
             const TILE: usize = 6;
+            const HIGH: usize = 8;
             const BIAS: u8 = $bias;
 
             #[inline(always)]
@@ -85,6 +86,11 @@ macro_rules! dot {
                 })
             }
             #[inline(always)]
+            unsafe fn columns(self, rows: *const u8, stride: usize) -> [__m512i; 4] {
+                // SAFETY: `self` proves AVX-512 F; the caller vouches for the rows.
+                unsafe { columns(rows, stride) }
+            }
+            #[inline(always)]
             fn exchange(self, rows: &mut [__m512i; 16]) {
                 // SAFETY: `self` proves AVX-512 F.
                 unsafe { transpose(rows) }
@@ -115,6 +121,40 @@ dot!(
         })
     }
 );
+
+/// See [`Dot::columns`].
+///
+/// # Safety
+/// - The machine has AVX-512 F and DQ.
+/// - Sixteen bytes can be read from each of sixteen rows.
+#[inline(always)]
+unsafe fn columns(rows: *const u8, stride: usize) -> [__m512i; 4] {
+    // SAFETY: the caller's guarantees.
+    unsafe {
+        let mut r = [_mm512_setzero_si512(); 4];
+        // Every fourth row: from these, addresses take one addition.
+        let four = stride << 2;
+        let (b, c) = (rows.add(four), rows.add(2 * four));
+        let fourth = [rows, b, c, c.add(four)];
+        let behind = [0, stride, 2 * stride, stride + 2 * stride];
+        for (r, behind) in r.iter_mut().zip(behind) {
+            // Quarter i of vector j is of row 4 i + j: below, dwords end up in the order of rows.
+            let row = |i: usize| _mm_loadu_si128(fourth[i].add(behind).cast());
+            *r = _mm512_castsi128_si512(row(0));
+            *r = _mm512_mask_broadcast_i32x4(*r, 0x00f0, row(1));
+            *r = _mm512_mask_broadcast_i32x4(*r, 0x0f00, row(2));
+            *r = _mm512_mask_broadcast_i32x4(*r, 0xf000, row(3));
+        }
+        let (ab, cd) = (_mm512_unpacklo_epi32(r[0], r[1]), _mm512_unpacklo_epi32(r[2], r[3]));
+        let (ef, gh) = (_mm512_unpackhi_epi32(r[0], r[1]), _mm512_unpackhi_epi32(r[2], r[3]));
+        [
+            _mm512_unpacklo_epi64(ab, cd),
+            _mm512_unpackhi_epi64(ab, cd),
+            _mm512_unpacklo_epi64(ef, gh),
+            _mm512_unpackhi_epi64(ef, gh),
+        ]
+    }
+}
 
 /// # Safety
 /// - The machine has AVX-512 F.

@@ -7,8 +7,12 @@ use crate::backend::cpu::product::Vector;
 pub trait Dot: Vector {
     /// A vector.
     type Ints: Copy;
-    /// Rows of activations that are multiplied at a time; at most 6.
+    /// Rows of activations for whose products, two vectors each, there are registers, with as many
+    /// sums of f32 beside; at most 6.
     const TILE: usize;
+    /// The same without counting the sums of f32, where two such tiles do better than three; at
+    /// most 8.
+    const HIGH: usize;
     /// What is added to the bytes of a weight before they are multiplied, so that they have no
     /// sign: 128, or 0 where signs need no help.
     const BIAS: u8;
@@ -50,6 +54,12 @@ pub trait Dot: Vector {
     fn table(self, values: &[i8; 16]) -> Self::Ints;
     /// The biased integers of the high halves and of the low halves of packed bytes.
     fn lookup(self, table: Self::Ints, packed: Self::Ints) -> [Self::Ints; 2];
+    /// Sixteen bytes of each of `LANES` rows that lie `stride` apart: lane r of vector i is dword i
+    /// of row r.
+    ///
+    /// # Safety
+    /// - That many bytes can be read from each row.
+    unsafe fn columns(self, rows: *const u8, stride: usize) -> [Self::Ints; 4];
     /// Lane j of vector i becomes lane i of vector j, for the first `LANES` vectors.
     fn exchange(self, rows: &mut [Self::Ints; 16]);
 }

@@ -1,13 +1,16 @@
 //! What a product reads and where it writes.
 
 use super::dot::Dot;
-use super::{Cut, rows};
-use crate::backend::cpu::aligned::LINE;
+use super::spread::Cut;
+use crate::backend::cpu::aligned::{Aligned, LINE};
 use crate::backend::cpu::product::Out;
 use crate::backend::cpu::threads::share;
 use crate::backend::cpu::{Isa, Kernels, Lanes, scales};
 use crate::quant::integer::{GROUP, Integers, group_scale};
 use crate::tensor::{QTensor, Scales};
+
+/// Activations below which one thread quantizes them all.
+const ALONE: usize = 1 << 16;
 
 /// Quantized activations in the order in which a kernel reads them.
 pub struct Arranged {
@@ -54,7 +57,7 @@ impl Arranged {
         let codes = Out::new(&mut arranged.codes, stride);
         let sums = Out::new(&mut arranged.starts, starts_of_row);
         let scales = Out::new(&mut arranged.scales, groups);
-        let threads = if x.len() < 1 << 16 { 1 } else { threads };
+        let threads = if x.len() < ALONE { 1 } else { threads };
         share(threads, tokens, |token| {
             // SAFETY: each token has its own part of the three buffers, whose lengths are above.
             let (out, sums, scales) = unsafe {
@@ -97,8 +100,64 @@ fn halve(codes: &[i8], out: &mut [i8]) {
     }
 }
 
-/// A product with four-bit weights whose rows are whole blocks.
-pub struct Four<'a> {
+/// Quantized activations in the order in which strips of a weight meet them: group by group, in a
+/// group token by token.
+pub struct Staged {
+    /// [`GROUP`] codes of each token in each group, with zeros behind a short last group.
+    pub codes: Aligned<i8>,
+    /// For each token in each group, minus the bias of the weights times the sums of its units.
+    pub starts: Vec<i32>,
+    /// The scale of each token in each group.
+    pub scales: Vec<f32>,
+}
+
+impl Staged {
+    /// Quantizes rows of `columns` activations by groups. In each eight elements those at even
+    /// positions come first, as the halves of packed bytes do.
+    pub fn quantize<T: Lanes>(
+        kernels: &Kernels<T>,
+        threads: usize,
+        (x, columns): (&[T], usize),
+        (unit, bias): (usize, u8),
+    ) -> Self {
+        let (tokens, groups) = (x.len() / columns, columns.div_ceil(GROUP));
+        let mut staged = Self {
+            codes: Aligned::zeroed(groups * tokens * GROUP),
+            starts: vec![0; groups * tokens * (GROUP / unit)],
+            scales: vec![0.0; groups * tokens],
+        };
+        let codes = Out::new(&mut staged.codes, GROUP);
+        let starts = Out::new(&mut staged.starts, GROUP / unit);
+        let scales = Out::new(&mut staged.scales, 1);
+        let threads = if x.len() < ALONE { 1 } else { threads };
+        share(threads, tokens, |token| {
+            let row = &x[token * columns..(token + 1) * columns];
+            for (group, x) in row.chunks(GROUP).enumerate() {
+                let at = group * tokens + token;
+                // SAFETY: each token has its own part of the three buffers.
+                let (out, starts, scale) = unsafe {
+                    (
+                        codes.part(at, 0, GROUP),
+                        starts.part(at, 0, GROUP / unit),
+                        scales.part(at, 0, 1),
+                    )
+                };
+                let mut codes = [0; GROUP];
+                scale[0] = group_scale((kernels.quantize_row)(x, &mut codes[..x.len()]));
+                for (codes, out) in codes.chunks(8).zip(out.chunks_mut(8)) {
+                    halve(codes, out);
+                }
+                for (codes, start) in codes.chunks(unit).zip(starts) {
+                    *start = -i32::from(bias) * sum(codes);
+                }
+            }
+        });
+        staged
+    }
+}
+
+/// A product with four-bit weights whose rows are whole blocks, with activations of some kind.
+pub struct Four<'a, X = Arranged> {
     /// The weight.
     pub q: &'a QTensor<'a>,
     /// What decodes its scales.
@@ -107,13 +166,21 @@ pub struct Four<'a> {
     pub integers: &'a Integers,
     /// Length of a row of the weight.
     pub columns: usize,
+    /// Rows of activations.
+    pub tokens: usize,
     /// Activations.
-    pub x: Arranged,
+    pub x: X,
     /// One number a row of the weight.
     pub bias: &'a [f32],
 }
 
-impl Four<'_> {
+impl<'a, X> Four<'a, X> {
+    /// The same with these activations.
+    pub fn with<Y>(self, x: Y) -> Four<'a, Y> {
+        let Self { q, isa, integers, columns, tokens, bias, .. } = self;
+        Four { q, isa, integers, columns, tokens, x, bias }
+    }
+
     /// Scales of `blocks` of a row from its block `first` on, from the tensor or decoded.
     #[inline(always)]
     pub fn scales<'b>(&'b self, first: usize, blocks: usize, decoded: &'b mut [f32]) -> &'b [f32] {
@@ -127,10 +194,9 @@ impl Four<'_> {
         }
     }
 
-    /// How it is cut into parts, with panels of so many rows.
-    pub fn cut(&self, panel: usize) -> Cut<'_> {
-        let (tokens, row_bytes) = (self.x.tokens, self.columns / 2);
-        Cut { bias: self.bias, row_bytes, tokens, few: rows::TILE, panel }
+    /// What of it tells how to cut it.
+    pub fn cut(&self) -> Cut<'_> {
+        Cut { bias: self.bias, row_bytes: self.columns / 2, tokens: self.tokens }
     }
 
     /// Elements whose products are summed as integers: as many as have one scale on both sides.
@@ -143,10 +209,9 @@ impl Eight<'_> {
     /// A multiple of the lanes of any vector.
     pub const PADDING: usize = 16;
 
-    /// How it is cut into parts, with panels of so many rows.
-    pub fn cut(&self, panel: usize) -> Cut<'_> {
-        let (tokens, row_bytes) = (self.x.tokens, self.columns);
-        Cut { bias: self.bias, row_bytes, tokens, few: rows::TOKENS, panel }
+    /// What of it tells how to cut it.
+    pub fn cut(&self) -> Cut<'_> {
+        Cut { bias: self.bias, row_bytes: self.columns, tokens: self.x.tokens }
     }
 }
 
@@ -180,13 +245,6 @@ pub fn lane_starts<D: Dot>(codes: &[i8], starts: &mut [i32]) {
         for ((even, odd), start) in lanes.zip(starts) {
             *start = -i32::from(D::BIAS) * (sum(even) + sum(odd));
         }
-    }
-}
-
-/// Minus the bias times the sum of each `unit` of activations.
-pub fn unit_starts<D: Dot>(unit: usize, codes: &[i8], starts: &mut [i32]) {
-    for (codes, start) in codes.chunks(unit).zip(starts) {
-        *start = i32::from(D::BIAS).wrapping_mul(sum(codes)).wrapping_neg();
     }
 }
 

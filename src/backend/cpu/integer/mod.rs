@@ -1,7 +1,8 @@
 //! Products with activations of signed bytes, for four-bit weights and for LLM.int8().
 //!
 //! [`crate::quant::integer`] is the definition. Few rows of activations meet the weight as it lies
-//! in memory (`rows`); for many, panels of it are decoded into the cache (`panels`).
+//! in memory (`rows`); for many, strips or panels of it are turned in the cache (`strips` with four
+//! bits, `panels` with eight).
 
 // Without vectors only `general` is used.
 #![cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
@@ -17,21 +18,16 @@ mod job;
 mod neon;
 mod panels;
 mod rows;
+mod spread;
+mod strips;
 
-use std::ops::Range;
-
-use super::threads::share_runs;
-use job::{Arranged, Eight, Four};
+use job::{Arranged, Eight, Four, Staged};
 
 use super::product::Out;
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-use super::product::Vector;
 use super::{Cpu, Isa, Kernels, Lanes};
 use crate::error::{Error, Result};
 use crate::format::Decode;
 use crate::pack::check_len;
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-use crate::quant::integer::GROUP;
 use crate::quant::integer::{Integers, MAX_COLUMNS};
 use crate::tensor::{QTensor, Scales};
 
@@ -153,54 +149,14 @@ impl Integer {
             general::bias_only(&bias, out);
             return Ok(());
         }
-        let isa = self.cpu.isa;
-        let kernels = Kernels::<T>::of(isa);
-        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-        if columns.is_multiple_of(layout.blocksize) {
-            let few = tokens <= rows::TILE;
-            let unit = layout.blocksize.min(GROUP);
-            macro_rules! arranged {
-                ($D:ty) => {{
-                    let span = if few { 8 * <$D as Vector>::LANES } else { 8 };
-                    let vectors = columns.div_ceil(8 * <$D as Vector>::LANES);
-                    let starts = if few { vectors * <$D as Vector>::LANES } else { columns / unit };
-                    let x = (x, columns);
-                    Arranged::quantize(
-                        &kernels,
-                        self.cpu.threads,
-                        x,
-                        span,
-                        starts,
-                        |codes, starts| {
-                            if few {
-                                job::lane_starts::<$D>(codes, starts);
-                            } else {
-                                job::unit_starts::<$D>(unit, codes, starts);
-                            }
-                        },
-                    )
-                }};
-            }
-            let arranged = match self.unit {
-                Unit::Scalar => None,
-                #[cfg(target_arch = "x86_64")]
-                Unit::Avx2(_) => Some(arranged!(super::avx2::Avx2)),
-                #[cfg(target_arch = "x86_64")]
-                Unit::Avx512(_) => Some(arranged!(super::avx512::Avx512)),
-                #[cfg(target_arch = "x86_64")]
-                Unit::Vnni(_) => Some(arranged!(super::avx512::Avx512Ext)),
-                #[cfg(target_arch = "aarch64")]
-                Unit::Neon(_) => Some(arranged!(super::neon::Neon)),
-                #[cfg(target_arch = "aarch64")]
-                Unit::NeonDot(_) => Some(arranged!(super::neon::NeonDot)),
-            };
-            if let Some(x) = arranged {
-                self.four(&Four { q, isa, integers, columns, x, bias: &bias }, out);
-                return Ok(());
-            }
+        let job = Four { q, isa: self.cpu.isa, integers, columns, tokens, x, bias: &bias };
+        if columns.is_multiple_of(layout.blocksize) && !matches!(self.unit, Unit::Scalar) {
+            self.four(job, out);
+        } else {
+            let kernels = Kernels::of(self.cpu.isa);
+            let x = Arranged::quantize(&kernels, self.cpu.threads, (x, columns), 1, 0, |_, _| ());
+            general::four(self.cpu.threads, &job.with(x), out);
         }
-        let x = Arranged::quantize(&kernels, self.cpu.threads, (x, columns), 1, 0, |_, _| ());
-        general::four(self.cpu.threads, &Four { q, isa, integers, columns, x, bias: &bias }, out);
         Ok(())
     }
 
@@ -287,27 +243,43 @@ impl Integer {
         }
     }
 
-    fn four<T: Lanes>(&self, job: &Four<'_>, out: &mut [T]) {
-        macro_rules! parts {
-            ($with:ident, $d:ident, $panel:literal) => {
-                self.spread(job.cut($panel), out, |part, out| {
-                    // SAFETY: `$d` exists, so the machine has the features.
-                    unsafe { $with::four($d, job, part, out) }
-                })
-            };
+    /// A product with rows of whole blocks.
+    fn four<T: Lanes>(&self, job: Four<'_, &[T]>, out: &mut [T]) {
+        let threads = self.cpu.threads;
+        macro_rules! product {
+            ($with:ident, $d:ident) => {{
+                let kernels = Kernels::of(self.cpu.isa);
+                if job.tokens <= rows::TILE {
+                    let x = rows::arranged($d, &kernels, threads, &job);
+                    let job = job.with(x);
+                    spread::rows(threads, job.cut(), out, |rows, sums| {
+                        // SAFETY: `$d` exists, so the machine has the features.
+                        unsafe { $with::few_four($d, &job, rows, sums) }
+                    })
+                } else {
+                    let unit = (job.unit(), bias_of($d));
+                    let x = Staged::quantize(&kernels, threads, (job.x, job.columns), unit);
+                    let job = job.with(x);
+                    let parts = (panel_rows($d), strips::TOKENS);
+                    spread::panels(threads, job.cut(), parts, out, |strip, first, out| {
+                        // SAFETY: `$d` exists, so the machine has the features.
+                        unsafe { $with::four($d, &job, strip, first, out) }
+                    })
+                }
+            }};
         }
         match self.unit {
-            Unit::Scalar => general::four(self.cpu.threads, job, out),
+            Unit::Scalar => {}
             #[cfg(target_arch = "x86_64")]
-            Unit::Avx2(d) => parts!(with_avx2, d, 16),
+            Unit::Avx2(d) => product!(with_avx2, d),
             #[cfg(target_arch = "x86_64")]
-            Unit::Avx512(d) => parts!(with_avx512, d, 32),
+            Unit::Avx512(d) => product!(with_avx512, d),
             #[cfg(target_arch = "x86_64")]
-            Unit::Vnni(d) => parts!(with_vnni, d, 32),
+            Unit::Vnni(d) => product!(with_vnni, d),
             #[cfg(target_arch = "aarch64")]
-            Unit::Neon(d) => parts!(with_neon, d, 16),
+            Unit::Neon(d) => product!(with_neon, d),
             #[cfg(target_arch = "aarch64")]
-            Unit::NeonDot(d) => parts!(with_neon_dot, d, 16),
+            Unit::NeonDot(d) => product!(with_neon_dot, d),
         }
     }
 
@@ -315,80 +287,37 @@ impl Integer {
         if job.columns > MAX_COLUMNS {
             return general::eight(self.cpu.threads, job, out);
         }
-        macro_rules! parts {
-            ($with:ident, $d:ident, $panel:literal) => {
-                self.spread(job.cut($panel), out, |part, out| {
-                    // SAFETY: `$d` exists, so the machine has the features.
-                    unsafe { $with::eight($d, job, part, out) }
-                })
-            };
+        let (threads, cut) = (self.cpu.threads, job.cut());
+        macro_rules! product {
+            ($with:ident, $d:ident) => {{
+                if job.x.tokens <= rows::TOKENS {
+                    spread::rows(threads, cut, out, |rows, sums| {
+                        // SAFETY: `$d` exists, so the machine has the features.
+                        unsafe { $with::few_eight($d, job, rows, sums) }
+                    })
+                } else {
+                    let parts = (panel_rows($d), panels::TOKENS);
+                    spread::panels(threads, cut, parts, out, |panel, first, out| {
+                        // SAFETY: `$d` exists, so the machine has the features.
+                        unsafe { $with::eight($d, job, panel, first, out) }
+                    })
+                }
+            }};
         }
         match self.unit {
-            Unit::Scalar => general::eight(self.cpu.threads, job, out),
+            Unit::Scalar => general::eight(threads, job, out),
             #[cfg(target_arch = "x86_64")]
-            Unit::Avx2(d) => parts!(with_avx2, d, 16),
+            Unit::Avx2(d) => product!(with_avx2, d),
             #[cfg(target_arch = "x86_64")]
-            Unit::Avx512(d) => parts!(with_avx512, d, 32),
+            Unit::Avx512(d) => product!(with_avx512, d),
             #[cfg(target_arch = "x86_64")]
-            Unit::Vnni(d) => parts!(with_vnni, d, 32),
+            Unit::Vnni(d) => product!(with_vnni, d),
             #[cfg(target_arch = "aarch64")]
-            Unit::Neon(d) => parts!(with_neon, d, 16),
+            Unit::Neon(d) => product!(with_neon, d),
             #[cfg(target_arch = "aarch64")]
-            Unit::NeonDot(d) => parts!(with_neon_dot, d, 16),
+            Unit::NeonDot(d) => product!(with_neon_dot, d),
         }
     }
-
-    /// Cuts a product into parts: runs of rows for at most `few` tokens, else panels by runs of
-    /// tokens.
-    fn spread<T: Lanes>(
-        &self,
-        shape: Cut<'_>,
-        out: &mut [T],
-        work: impl Fn(Part<'_>, &Out<'_, T>) + Sync,
-    ) {
-        let Cut { bias, row_bytes, tokens, few, panel } = shape;
-        let rows = bias.len();
-        let out = &Out::new(out, rows);
-        // A product that one thread finishes before another one wakes up stays on one.
-        let small = rows.saturating_mul(row_bytes) < SMALL && rows * tokens < SMALL;
-        let threads = if small { 1 } else { self.cpu.threads };
-        if tokens <= few {
-            let run = (RUN_BYTES / row_bytes).clamp(1, 4096).next_multiple_of(4);
-            share_runs(threads, rows.div_ceil(run), |part| {
-                let here = part * run..rows.min((part + 1) * run);
-                let mut sums = vec![0.0; here.len() * tokens];
-                work(Part::Rows(here.clone(), &mut sums), out);
-                for token in 0..tokens {
-                    // SAFETY: the outputs of these rows belong to this call alone.
-                    let out = unsafe { out.part(token, here.start, here.len()) };
-                    let sums = sums[token..].iter().step_by(tokens).zip(&bias[here.clone()]);
-                    for (out, (sum, bias)) in out.iter_mut().zip(sums) {
-                        *out = T::from_f32(sum + bias);
-                    }
-                }
-            });
-        } else {
-            let panels = rows.div_ceil(panel);
-            share_runs(threads, panels * tokens.div_ceil(panels::TOKENS), |part| {
-                let first = part / panels * panels::TOKENS;
-                work(Part::Panel { number: part % panels, first }, out);
-            });
-        }
-    }
-}
-
-/// How a product is cut into parts.
-#[derive(Clone, Copy)]
-struct Cut<'a> {
-    /// One number a row of the weight.
-    bias: &'a [f32],
-    /// Bytes of a row of the weight.
-    row_bytes: usize,
-    tokens: usize,
-    /// The most tokens for which rows are read as they lie.
-    few: usize,
-    /// Rows of a panel.
-    panel: usize,
 }
 
 /// (rows of x, rows of the weight), from lengths that fit together.
@@ -409,23 +338,19 @@ fn shape(q: &QTensor<'_>, x: usize, columns: usize, out: usize) -> Result<(usize
     Ok((tokens, rows))
 }
 
-/// Bytes of a weight, or outputs, below which a product stays on one thread.
-const SMALL: usize = 1 << 17;
-
-/// Bytes of a weight that one part of a product with few tokens reads.
-const RUN_BYTES: usize = 1 << 18;
-
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 const fn of_dot<D: dot::Dot>() -> (usize, i32) {
     (D::LANES, D::BIAS as i32)
 }
 
-/// A piece of a product.
-enum Part<'a> {
-    /// Rows of the weight, with all tokens; and where their products go, a row after the other.
-    Rows(Range<usize>, &'a mut [f32]),
-    /// A panel of rows, with a run of tokens from `first` on.
-    Panel { number: usize, first: usize },
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+const fn panel_rows<D: dot::Dot>(_: D) -> usize {
+    2 * D::LANES
+}
+
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+const fn bias_of<D: dot::Dot>(_: D) -> u8 {
+    D::BIAS
 }
 
 fn padded(bias: Option<&[f32]>, rows: usize) -> Result<Vec<f32>> {
@@ -443,23 +368,41 @@ fn padded(bias: Option<&[f32]>, rows: usize) -> Result<Vec<f32>> {
 macro_rules! entry_points {
     ($name:ident, $D:ty, $features:literal) => {
         mod $name {
-            use super::job::{Eight, Four};
-            use super::{Lanes, Out, Part, panels, rows};
+            use std::ops::Range;
+
+            use super::job::{Eight, Four, Staged};
+            use super::{Lanes, Out, panels, rows, strips};
 
             #[target_feature(enable = $features)]
-            pub fn four<T: Lanes>(d: $D, job: &Four<'_>, part: Part<'_>, out: &Out<'_, T>) {
-                match part {
-                    Part::Rows(rows, sums) => rows::four(d, job, rows, sums),
-                    Part::Panel { number, first } => panels::four(d, job, number, first, out),
-                }
+            pub fn few_four(d: $D, job: &Four<'_>, rows: Range<usize>, sums: &mut [f32]) {
+                rows::four(d, job, rows, sums);
             }
 
             #[target_feature(enable = $features)]
-            pub fn eight<T: Lanes>(d: $D, job: &Eight<'_>, part: Part<'_>, out: &Out<'_, T>) {
-                match part {
-                    Part::Rows(rows, sums) => rows::eight(d, job, rows, sums),
-                    Part::Panel { number, first } => panels::eight(d, job, number, first, out),
-                }
+            pub fn few_eight(d: $D, job: &Eight<'_>, rows: Range<usize>, sums: &mut [f32]) {
+                rows::eight(d, job, rows, sums);
+            }
+
+            #[target_feature(enable = $features)]
+            pub fn four<T: Lanes>(
+                d: $D,
+                job: &Four<'_, Staged>,
+                strip: usize,
+                first: usize,
+                out: &Out<'_, T>,
+            ) {
+                strips::four(d, job, strip, first, out);
+            }
+
+            #[target_feature(enable = $features)]
+            pub fn eight<T: Lanes>(
+                d: $D,
+                job: &Eight<'_>,
+                panel: usize,
+                first: usize,
+                out: &Out<'_, T>,
+            ) {
+                panels::eight(d, job, panel, first, out);
             }
         }
     };

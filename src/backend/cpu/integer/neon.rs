@@ -22,6 +22,7 @@ macro_rules! dot {
         impl Dot for $name {
             type Ints = [int32x4_t; 2];
             const TILE: usize = 4;
+            const HIGH: usize = 4;
             const BIAS: u8 = 0;
 
             #[inline(always)]
@@ -83,6 +84,13 @@ macro_rules! dot {
                         packed.map(|x| find(vandq_u8(x, vdupq_n_u8(15)))),
                     ]
                 })
+            }
+            #[inline(always)]
+            unsafe fn columns(self, rows: *const u8, stride: usize) -> [Self::Ints; 4] {
+                let row = |r: usize| isa!(vreinterpretq_s32_u8(vld1q_u8(rows.add(r * stride))));
+                let upper = isa!(transposed(from_fn(|i| row(i))));
+                let lower = isa!(transposed(from_fn(|i| row(4 + i))));
+                from_fn(|i| [upper[i], lower[i]])
             }
             #[inline(always)]
             fn exchange(self, rows: &mut [Self::Ints; 16]) {

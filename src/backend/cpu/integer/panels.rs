@@ -1,15 +1,14 @@
-//! Many activations: `2 * LANES` rows of the weight become a panel of integers in the cache, in
-//! which lanes are rows, and a tile of it and a few activations stays in registers.
+//! Many activations and an int8 weight: `2 * LANES` rows become a panel in the cache, in which lanes
+//! are rows, and a tile of it and a few activations stays in registers.
 
 use super::dot::Dot;
-use super::job::{Eight, Four};
+use super::job::Eight;
 use super::rows::{INVERSE_SQUARE, outlier};
 use crate::backend::cpu::Lanes;
 use crate::backend::cpu::aligned::{Aligned, LINE};
 use crate::backend::cpu::product::Out;
-use crate::quant::integer::GROUP;
 
-/// Columns of a panel: a multiple of [`GROUP`].
+/// Columns of a panel.
 const DEPTH: usize = 1024;
 
 /// Rows of activations that one call takes; what they need of the cache at a depth is half of it.
@@ -98,121 +97,6 @@ fn transposed<'a, D: Dot>(d: D, first: usize, row: impl Fn(usize) -> &'a [u8]) -
     vectors
 }
 
-/// Decodes the columns `columns` of the rows from `row` on: for each eight columns the even ones,
-/// then the odd ones, of all rows; and the scales of each unit.
-#[inline(always)]
-fn decode_four<D: Dot>(
-    d: D,
-    job: &Four<'_>,
-    row: usize,
-    columns: std::ops::Range<usize>,
-    panel: &mut [u8],
-    scales: &mut [f32],
-) {
-    let (rows, n) = (2 * D::LANES, job.bias.len());
-    let (blocksize, unit) = (job.q.layout().blocksize, job.unit());
-    let table = d.table(&job.integers.values);
-    let packed = |row: usize| -> &[u8] {
-        let of_row = job.columns / 2;
-        if row < n { &job.q.packed()[row * of_row..(row + 1) * of_row] } else { &[] }
-    };
-    for half in 0..2 {
-        for first in columns.clone().step_by(8 * D::LANES) {
-            let first_row = row + half * D::LANES;
-            let vectors = transposed(d, first / 2, |r| packed(first_row + r));
-            let to = &mut panel[(first - columns.start) * rows..][..8 * D::LANES * rows];
-            for (j, vector) in vectors.into_iter().enumerate().take(D::LANES) {
-                let [high, low] = d.lookup(table, vector);
-                let at = (j * 4 + half) * 4 * D::LANES;
-                // SAFETY: `to` has room for 2 * LANES pairs of 2 vectors.
-                unsafe {
-                    d.store_ints(high, to.as_mut_ptr().add(at));
-                    d.store_ints(low, to.as_mut_ptr().add(at + 8 * D::LANES));
-                }
-            }
-        }
-    }
-    let mut decoded = [0.0; DEPTH / 32];
-    let blocks = columns.start / blocksize..columns.end.div_ceil(blocksize);
-    let units = columns.len() / unit;
-    // Units of one block, or the blocks of one unit: as long as each other or many to one.
-    let shift = (blocksize / unit).ilog2();
-    let within = columns.start / unit - (blocks.start << shift);
-    let scales = &mut scales[..units * rows];
-    scales.fill(0.0);
-    for r in 0..rows.min(n - row) {
-        let first = (row + r) * (job.columns / blocksize) + blocks.start;
-        let of_row = job.scales(first, blocks.len(), &mut decoded);
-        for (u, scales) in scales.chunks_exact_mut(rows).enumerate() {
-            scales[r] = of_row[(within + u) >> shift] * job.integers.step;
-        }
-    }
-}
-
-/// Adds to `sums` the products of a panel of columns from `first` on with the tokens from `token`.
-#[inline(always)]
-fn tile_four<D: Dot, const M: usize>(
-    d: D,
-    job: &Four<'_>,
-    (first, length): (usize, usize),
-    token: usize,
-    (panel, scales): (&[u8], &[f32]),
-    sums: &mut [f32],
-    next: &mut Next<'_>,
-) {
-    let (x, unit, rows) = (&job.x, job.unit(), 2 * D::LANES);
-    let units = job.columns / unit;
-    let of_group = GROUP / unit;
-    assert!(panel.len() >= length * rows && sums.len() >= M * rows);
-    assert!(scales.len() >= length / unit * rows && (token + M) * x.stride <= x.codes.len());
-    assert!(first + length <= x.stride && (token + M) * units <= x.starts.len());
-    // SAFETY: every pointer below stays inside what the lines above have measured.
-    unsafe {
-        let mut weights = panel.as_ptr();
-        let codes: [*const i8; M] =
-            std::array::from_fn(|m| x.codes.as_ptr().add((token + m) * x.stride + first));
-        let starts = x.starts.as_ptr().add(token * units + first / unit);
-        let (mut k, mut u) = (0, 0);
-        let here = length / unit;
-        while u < here {
-            let group = (first + k) / GROUP;
-            let mut part = [[d.splat(0.0); 2]; M];
-            for _ in 0..of_group.min(here - u) {
-                let mut c: [[D::Ints; 2]; M] =
-                    std::array::from_fn(|m| [d.splat_int(*starts.add(m * units + u)); 2]);
-                for _ in 0..unit / 16 {
-                    next.fetch(d);
-                    for step in 0..4 {
-                        let w0 = d.ints(weights);
-                        let w1 = d.ints(weights.add(4 * D::LANES));
-                        weights = weights.add(8 * D::LANES);
-                        for m in 0..M {
-                            let x = d.broadcast(codes[m].add(k + 4 * step));
-                            c[m][0] = d.dot(c[m][0], w0, x);
-                            c[m][1] = d.dot(c[m][1], w1, x);
-                        }
-                    }
-                    k += 16;
-                }
-                let s0 = d.load(scales.as_ptr().add(u * rows));
-                let s1 = d.load(scales.as_ptr().add(u * rows + D::LANES));
-                for m in 0..M {
-                    part[m][0] = d.fma(d.to_floats(c[m][0]), s0, part[m][0]);
-                    part[m][1] = d.fma(d.to_floats(c[m][1]), s1, part[m][1]);
-                }
-                u += 1;
-            }
-            for (m, part) in part.into_iter().enumerate() {
-                let scale = d.splat(x.scales[(token + m) * x.groups + group]);
-                for (half, part) in part.into_iter().enumerate() {
-                    let at = sums.as_mut_ptr().add(m * rows + half * D::LANES);
-                    d.store(d.fma(part, scale, d.load(at)), at);
-                }
-            }
-        }
-    }
-}
-
 /// Calls a tile for as many tokens as fit, then for the rest.
 macro_rules! tiles {
     ($tile:ident::<$D:ident>, $tokens:expr, |$token:ident, $m:ident| $args:tt) => {{
@@ -234,46 +118,12 @@ macro_rules! tiles {
     };
 }
 
-/// Multiplies panel number `panel` of a four-bit weight by the tokens from `first` on.
+/// Adds the bias to sums times a factor and writes them where they belong.
 #[inline(always)]
-pub fn four<D: Dot, T: Lanes>(d: D, job: &Four<'_>, panel: usize, first: usize, out: &Out<'_, T>) {
-    let rows = 2 * D::LANES;
-    let tokens = TOKENS.min(job.x.tokens - first);
-    let depth = DEPTH.min(job.columns);
-    let mut integers = Aligned::zeroed(rows * depth.next_multiple_of(8 * D::LANES));
-    let mut scales = Aligned::zeroed(rows * (depth / job.unit()));
-    let mut sums = Aligned::zeroed(rows * tokens);
-    for start in (0..job.columns).step_by(DEPTH) {
-        let end = (start + DEPTH).min(job.columns);
-        decode_four(d, job, panel * rows, start..end, &mut integers, &mut scales);
-        let at = (start, end - start);
-        let steps = tokens.div_ceil(D::TILE) * (end - start) / 16;
-        let mut next = Next::new(
-            (job.q.packed(), job.columns / 2),
-            (panel * rows, rows),
-            end / 2,
-            DEPTH / 2,
-            steps,
-        );
-        tiles!(tile_four::<D>, tokens, |token, m| (
-            d,
-            job,
-            at,
-            first + token,
-            (&integers, &scales),
-            &mut sums[token * rows..],
-            &mut next
-        ));
-    }
-    write(d, panel * rows, job.bias, first, &sums, out);
-}
-
-/// Adds the bias to sums and writes them where they belong.
-#[inline(always)]
-fn write<D: Dot, T: Lanes>(
+pub fn write<D: Dot, T: Lanes>(
     d: D,
     row: usize,
-    bias: &[f32],
+    (factor, bias): (f32, &[f32]),
     first: usize,
     sums: &[f32],
     out: &Out<'_, T>,
@@ -288,8 +138,8 @@ fn write<D: Dot, T: Lanes>(
             // SAFETY: `sums` is `rows` long, the arrays at least as long.
             unsafe {
                 let y = d.load(sums.as_ptr().add(half));
-                let one = d.splat(1.0);
-                let y = d.fma(y, one, d.load(biases.as_ptr().add(half)));
+                let factor = d.splat(factor);
+                let y = d.fma(y, factor, d.load(biases.as_ptr().add(half)));
                 d.store_as(y, values.as_mut_ptr().add(half));
             }
         }
@@ -397,7 +247,7 @@ pub fn eight<D: Dot, T: Lanes>(
         ));
     }
     let sums = outputs(d, job, row, first, &sums);
-    write(d, row, job.bias, first, &sums, out);
+    write(d, row, (1.0, job.bias), first, &sums, out);
 }
 
 /// Scales integer sums and adds the products of the outliers.

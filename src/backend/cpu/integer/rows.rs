@@ -7,9 +7,10 @@
 use std::ops::Range;
 
 use super::dot::Dot;
-use super::job::{Eight, Four};
+use super::job::{Arranged, Eight, Four, lane_starts};
 use crate::backend::cpu::aligned::LINE;
 use crate::backend::cpu::product::AHEAD;
+use crate::backend::cpu::{Kernels, Lanes};
 use crate::quant::integer::GROUP;
 use crate::quant::rowwise::INVERSE_QMAX;
 
@@ -19,6 +20,19 @@ pub const TILE: usize = 4;
 /// The most rows of activations for which an int8 weight is read as it lies. More of them pay for
 /// the panels of [`super::panels`], whose activations need not be read anew for each few rows.
 pub const TOKENS: usize = 32;
+
+/// Quantizes the activations of a product for [`four`].
+pub fn arranged<D: Dot, T: Lanes>(
+    _: D,
+    kernels: &Kernels<T>,
+    threads: usize,
+    job: &Four<'_, &[T]>,
+) -> Arranged {
+    let span = 8 * D::LANES;
+    let starts = job.columns.div_ceil(span) * D::LANES;
+    let x = (job.x, job.columns);
+    Arranged::quantize(kernels, threads, x, span, starts, lane_starts::<D>)
+}
 
 /// Multiplies rows of a four-bit weight by all, at most [`TILE`], rows of activations. `out` gets a
 /// product for each of them, row by row of the weight.
