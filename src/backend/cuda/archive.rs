@@ -2,11 +2,13 @@
 
 use std::io::Read;
 
-use flate2::read::ZlibDecoder;
+use lzma_rust2::Lzma2Reader;
 
-const MAGIC: &[u8; 8] = b"NYBCUDA1";
+const MAGIC: &[u8; 8] = b"NYBCUDA2";
 const HEADER: usize = 48;
 const ENTRY: usize = 32;
+/// The dictionary that images are packed with.
+const DICTIONARY: u32 = 1 << 20;
 /// The largest image that is unpacked; real ones have less than a hundredth of it.
 const MAX_IMAGE: u64 = 1 << 27;
 
@@ -83,7 +85,7 @@ impl<'a> Archive<'a> {
         };
         let stored = stored.ok_or("an image is out of range")?;
         let mut image = Vec::new();
-        ZlibDecoder::new(stored)
+        Lzma2Reader::new(stored, DICTIONARY, None)
             .take(entry.unpacked + 1)
             .read_to_end(&mut image)
             .map_err(|error| format!("an image cannot be unpacked: {error}"))?;
@@ -119,9 +121,19 @@ fn u64_at(bytes: &[u8], at: usize) -> Result<u64, String> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use super::*;
+
+    /// An image as LZMA2 that compresses nothing: chunks of up to 64 KiB after their lengths.
+    fn packed(image: &[u8]) -> Vec<u8> {
+        let mut stored = Vec::new();
+        for (i, chunk) in image.chunks(1 << 16).enumerate() {
+            stored.push(if i == 0 { 1 } else { 2 });
+            stored.extend((chunk.len() as u16).wrapping_sub(1).to_be_bytes());
+            stored.extend(chunk);
+        }
+        stored.push(0);
+        stored
+    }
 
     /// An archive of these images, as `build_kernels.py` writes it.
     fn archive(images: &[(u32, u32, &[u8])]) -> Vec<u8> {
@@ -131,10 +143,7 @@ mod tests {
         bytes.extend([0; 4]);
         let mut body = Vec::new();
         for (kind, arch, image) in images {
-            let mut packer =
-                flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());
-            packer.write_all(image).unwrap();
-            let stored = packer.finish().unwrap();
+            let stored = packed(image);
             let offset = HEADER + images.len() * ENTRY + body.len();
             bytes.extend(kind.to_le_bytes());
             bytes.extend(arch.to_le_bytes());
