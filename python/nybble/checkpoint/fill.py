@@ -28,6 +28,7 @@ def fill(
     checkpoint: Checkpoint,
     compute_dtype: torch.dtype | None,
     compute: str | None,
+    device: torch.device | str | int | None = None,
 ) -> None:
     """Fill a model; see `load_model`.
 
@@ -36,6 +37,7 @@ def fill(
     """
     check_compute(compute, "int8")  # the name, before any work
     how = (compute_dtype, compute)
+    device = None if device is None else torch.device(device)
     conversions = Conversions(model)
     places = _places(model, checkpoint, conversions)
     scaffold = Scaffold(
@@ -53,9 +55,9 @@ def fill(
         if isinstance(owner, QuantizedExperts) and parameter in owner.fused.parameters:
             path = place.removesuffix(parameter)
             for piece_name, piece in owner.pieces(parameter, value):
-                _put(model, path + piece_name, piece, how)
+                _put(model, path + piece_name, piece, how, device)
         else:
-            _put(model, place, value, how)
+            _put(model, place, value, how, device)
     _tie_again(model, ties)
     scaffold.finish()
 
@@ -145,22 +147,27 @@ def _put(
     name: str,
     value: torch.Tensor | QTensor,
     how: tuple[torch.dtype | None, str | None],
+    device: torch.device | None,
 ) -> None:
+    module, attribute = _owner(model, name)
+    held = getattr(module, attribute)
+    assert isinstance(held, torch.Tensor)
+    to = device if held.device.type == "meta" else held.device
     if isinstance(value, torch.Tensor):
-        _fill(model, name, value)
+        # What is held is filled, and moved with that.
+        _fill(model, name, value if held.device.type != "meta" or to is None else value.to(to))
         return
-    module, _ = _owner(model, name)
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    if weight.device.type != "meta":
-        value = value.to(weight.device)
+    if to is not None:
+        value = value.to(to)
     hold_weight(model, name.rpartition(".")[0], value, *how)
 
 
 def _fill(model: nn.Module, name: str, value: torch.Tensor) -> None:
     module, attribute = _owner(model, name)
     if isinstance(module, QuantizedModule) and attribute == "weight":
-        module.requantize_(value.to(module.weight.device))
+        # A weight without memory says nothing of where the new one belongs.
+        held = module.weight.device
+        module.requantize_(value if held.type == "meta" else value.to(held))
         return
     target = getattr(module, attribute)
     if target.device.type != "meta":

@@ -71,13 +71,15 @@ def load_model(
     *,
     compute_dtype: torch.dtype | None = None,
     compute: str | None = None,
+    device: torch.device | str | int | None = None,
     repair: bool = False,
 ) -> nn.Module:
     """Fill a model from a checkpoint, in place; layers that are quantized there become quantized.
 
     The model may be on the meta device (then tensors are taken as they are) or hold weights
     (then dense tensors are cast to the dtypes and moved to the devices that the model has).
-    Tensors are read one at a time.
+    Tensors are read one at a time, so a model on the meta device needs no memory but that of
+    `device` and of its largest tensor.
 
     Args:
         model: The architecture, with dense or quantized layers.
@@ -87,6 +89,7 @@ def load_model(
             keep theirs.
         compute: "int8" for products of integers in the same layers, where their codes are
             integers, as `nybble.linear` describes; a checkpoint of tensors does not say it.
+        device: Where tensors go that the model has on the meta device; None for the CPU.
         repair: As in `open_checkpoint`.
 
     Returns:
@@ -97,7 +100,7 @@ def load_model(
             the file. Nothing was changed then.
         FormatError: An unknown `compute`.
     """
-    fill(model, open_checkpoint(src, repair), compute_dtype, compute)
+    fill(model, open_checkpoint(src, repair), compute_dtype, compute, device)
     return model
 
 
