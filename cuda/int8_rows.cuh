@@ -46,11 +46,16 @@ DEVICE void list_outliers(const Int8Outliers &p) {
     if (threadIdx.x == 0) *p.outliers.count = before;
 }
 
-// Elements that count for a row's scale: 0 for a flagged column.
+// The code of an element of a row with this scale and factor = 127 / scale.
+DEVICE i8 code_of_row(float value, float absmax, float factor) {
+    return i8(i32(rintf(magnitude(factor) < INFINITE ? value * factor : value / absmax * QMAX)));
+}
+
+// Elements that count for a row's scale: 0 for a flagged column, unless what is there makes the row
+// meaningless.
 template <class T> DEVICE float inlier(const Int8Rows &p, const T *row, u64 first, u64 column) {
-    if (p.flags && p.flags[column]) return 0.0f;
     const float x = widen(row[column]);
-    if (magnitude(x) < INFINITE) return x;
+    if (magnitude(x) < INFINITE) return p.flags && p.flags[column] ? 0.0f : x;
     if (p.nonfinite.first) atomicMin(p.nonfinite.first, first + column);
     return p.nonfinite.zero ? 0.0f : x;
 }
@@ -69,13 +74,13 @@ template <class T> DEVICE void int8_rows(const Int8Rows &p) {
         if (lane_of_warp() == 0) largest_of_warp[warp_of_block()] = largest;
         __syncthreads();
         for (u32 w = 0; w < INT8_THREADS / WARP; ++w) largest = larger(largest, largest_of_warp[w]);
-        const float absmax = __uint_as_float(largest);
+        // The scale of a row that is not finite is NaN, and so are its products.
+        const bool finite = largest < INFINITE;
+        const float absmax = __uint_as_float(finite ? largest : 0x7fc00000u);
         const float factor = absmax == 0.0f ? 0.0f : QMAX / absmax;
 #pragma unroll 2
         for (u64 column = threadIdx.x; column < p.columns; column += INT8_THREADS) {
-            const float value = inlier(p, x, first, column);
-            const float scaled = magnitude(factor) < INFINITE ? value * factor : value / absmax * QMAX;
-            p.codes[first + column] = i8(i32(rintf(scaled)));
+            p.codes[first + column] = finite ? code_of_row(inlier(p, x, first, column), absmax, factor) : i8(0);
         }
         if (threadIdx.x == 0) p.absmax[row] = absmax;
         __syncthreads();

@@ -155,6 +155,34 @@ def test_products_are_those_of_the_definition(
     assert ((y.double() - want.double()).abs() <= slack * 1.01 + smallest).all()
 
 
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("threshold", [0.0, 2.5])
+@pytest.mark.parametrize("finish", [False, True])
+def test_a_token_that_is_not_finite_is_nan_and_no_other(
+    loaded: Emulator, bad: float, threshold: float, finish: bool
+) -> None:
+    x = tensor((5, 64), torch.float16, 3) * 50
+    x[2, 17] = bad
+    weight = nb.quantize(tensor((9, 64), torch.float32, 4), "int8")
+    flags, columns, count = outliers(loaded, x, threshold) if threshold else (None, None, None)
+    codes, x_absmax, _ = rows(loaded, x, flags)
+    y = poisoned((5, 9), torch.float16)
+    params = Int8Linear(
+        x_absmax=at(x_absmax), weight=at(weight.packed), absmax=at(weight.absmax), y=at(y), m=5,
+        n=9, k=64, outliers=Outliers(columns=at(columns), count=at(count)),
+        x=at(x) if threshold else None,
+    )  # fmt: skip
+    sums = (codes.double() @ weight.packed.double().T).to(torch.int32)
+    if finish:
+        params.sums = at(sums)
+    else:
+        params.codes = at(codes)
+    kernel = "int8_finish" if finish else "int8_linear_small"
+    loaded.launch(f"{kernel}_f16", params, 1)
+    assert y.isfinite().all(dim=1).tolist() == [True, True, False, True, True]
+    assert y[2].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", NAMES)
 def test_the_whole_chain_equals_the_op_on_the_cpu_for_whole_numbers(
     loaded: Emulator, dtype: torch.dtype
