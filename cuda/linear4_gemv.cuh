@@ -26,6 +26,22 @@ template <class T> DEVICE void load_activations(float x[GEMV_CODES], const T *fr
     }
 }
 
+// Adds up what the lanes have of a row and some tokens, and writes the outputs: lane j's is token j.
+template <class T, u32 TOKENS, class Params>
+DEVICE void finish_tokens(const Params &p, const float (&sums)[TOKENS], bool there, u64 n, u64 m0) {
+    const u32 lane = lane_of_warp();
+    float sum = 0.0f;
+#pragma unroll
+    for (u32 j = 0; j < TOKENS; ++j) {
+        const float all = warp_sum(sums[j]);
+        if (lane == j) sum = all;
+    }
+    if (there && lane < TOKENS && m0 + lane < p.m) {
+        if (p.bias) sum += load_as(p.bias, n, p.bias_dtype);
+        static_cast<T *>(p.y)[(m0 + lane) * p.n + n] = narrow<T>(sum);
+    }
+}
+
 template <class T> DEVICE void linear4_gemv(const Linear4 &p) {
     SHARED(float, values, 16);
     if (threadIdx.x < 16) values[threadIdx.x] = p.values[threadIdx.x];
@@ -73,17 +89,7 @@ template <class T> DEVICE void linear4_gemv(const Linear4 &p) {
                     for (u32 j = 0; j < GEMV_TOKENS; ++j) sums[j] = fmaf(weight, widen(x[tokens[j] + k]), sums[j]);
                 }
             }
-            // Lane j finishes token j.
-            float sum = 0.0f;
-#pragma unroll
-            for (u32 j = 0; j < GEMV_TOKENS; ++j) {
-                const float all = warp_sum(sums[j]);
-                if (lane == j) sum = all;
-            }
-            if (there && lane < GEMV_TOKENS && m0 + lane < p.m) {
-                if (p.bias) sum += load_as(p.bias, n, p.bias_dtype);
-                static_cast<T *>(p.y)[(m0 + lane) * p.n + n] = narrow<T>(sum);
-            }
+            finish_tokens<T>(p, sums, there, n, m0);
         }
     }
 }

@@ -84,10 +84,11 @@ template <Form FORM, bool HALVES, u32 STEPS> struct Group {
 template <bool HALVES> DEVICE u32 lane_offset(u32 lane) { return lane % 4 * (HALVES ? 8 : 16); }
 
 // The two values of a byte of the word, from the lane's own copy: table and lane are joined to the
-// address by bits, which costs nothing.
-DEVICE u32 values_of(const u32 *pairs, u32 word, u32 byte) {
-    const u32 shifted = byte ? word >> (8 * byte - 7) : word << 7;
-    const u32 offset = masked_or(shifted, 255u << 7, lane_of_warp() * 4);
+// address by bits, which costs nothing. With half as many copies two lanes share one.
+template <u32 COPIES = WARP> DEVICE u32 values_of(const u32 *pairs, u32 word, u32 byte) {
+    constexpr u32 BITS = COPIES == WARP ? 7 : 6; // of what is between two bytes' words
+    const u32 shifted = 8 * byte > BITS ? word >> (8 * byte - BITS) : word << (BITS - 8 * byte);
+    const u32 offset = masked_or(shifted, 255u << BITS, lane_of_warp() % COPIES * 4);
     return *reinterpret_cast<const u32 *>(reinterpret_cast<const char *>(pairs) + offset);
 }
 
@@ -128,11 +129,12 @@ DEVICE void multiply(float sums[TILES][4], const Group<FORM, HALVES, STEPS> &gro
     }
 }
 
-// Pairs of values for every byte, 32 copies each: copy l of byte b is word 32 b + l.
-template <class T> DEVICE void fill_pairs(u32 *pairs, const float *values) {
+// Pairs of values for every byte, some copies each: copy l of byte b is word COPIES b + l.
+template <class T, u32 COPIES = WARP> DEVICE void fill_pairs(u32 *pairs, const float *values) {
     const u32 byte = threadIdx.x, both = pair<T>(values[byte >> 4], values[byte & 15u]);
     // Eight neighbouring threads write to different banks.
-    for (u32 i = 0; i < 8; ++i) store(pairs + byte * WARP + 4 * ((i + byte) % 8), Words4{{both, both, both, both}});
+    for (u32 i = 0; i < COPIES / 4; ++i)
+        store(pairs + byte * COPIES + 4 * ((i + byte * COPIES / WARP) % (COPIES / 4)), Words4{{both, both, both, both}});
 }
 
 // Adds up what the warps have and writes the outputs of 16 rows and 8 tokens.
@@ -153,22 +155,9 @@ template <class T> DEVICE void finish_tile(const Linear4 &p, float *partial, con
     __syncthreads();
 }
 
-// The warp's share of 16 rows times all of k.
-template <class T, u32 TILES, Form FORM, bool HALVES>
-DEVICE void sum_steps(float sums[TILES][4], const Linear4 &p, const Tables &tables, u64 n0) {
-    constexpr u32 STEPS = FORM != PLAIN || HALVES || TILES > 1 ? 1 : 2; // more would need too many registers
-    using Steps = Group<FORM, HALVES, STEPS>;
-    // Many tokens leave no registers for what follows from these and could be kept between tiles.
-    const u32 lane = TILES > 2 ? opaque(lane_of_warp()) : lane_of_warp();
-    const u32 warp = TILES > 2 ? opaque(warp_of_block()) : warp_of_block();
-    const u32 steps = u32(p.k / STEP), groups = steps / STEPS;
-    // Tokens and rows beyond the last read the last one again; what they give is not stored.
-    const T *tokens[TILES];
-#pragma unroll
-    for (u32 tile = 0; tile < TILES; ++tile) {
-        const u64 token = tile * TOKENS + lane / 4;
-        tokens[tile] = global<T>(p.x) + (token < p.m ? token : p.m - 1) * p.k + lane_offset<HALVES>(lane);
-    }
+// The two rows of a lane, of the sixteen from row n0 on, with so many steps each. Rows beyond the last
+// are the last one again.
+template <Form FORM, bool HALVES> DEVICE Rows rows_of(const Linear4 &p, u64 n0, u32 lane, u32 steps) {
     const u32 log2_steps = HALVES ? 0 : p.scales.log2_blocksize - 6; // of a block
     Rows rows;
 #pragma unroll
@@ -187,6 +176,26 @@ DEVICE void sum_steps(float sums[TILES][4], const Linear4 &p, const Tables &tabl
             rows.within_nested[r] = u32(block) & ((1u << p.scales.log2_nested_blocksize) - 1);
         }
     }
+    return rows;
+}
+
+// The warp's share of 16 rows times all of k.
+template <class T, u32 TILES, Form FORM, bool HALVES>
+DEVICE void sum_steps(float sums[TILES][4], const Linear4 &p, const Tables &tables, u64 n0) {
+    constexpr u32 STEPS = FORM != PLAIN || HALVES || TILES > 1 ? 1 : 2; // more would need too many registers
+    using Steps = Group<FORM, HALVES, STEPS>;
+    // Many tokens leave no registers for what follows from these and could be kept between tiles.
+    const u32 lane = TILES > 2 ? opaque(lane_of_warp()) : lane_of_warp();
+    const u32 warp = TILES > 2 ? opaque(warp_of_block()) : warp_of_block();
+    const u32 steps = u32(p.k / STEP), groups = steps / STEPS;
+    // Tokens and rows beyond the last read the last one again; what they give is not stored.
+    const T *tokens[TILES];
+#pragma unroll
+    for (u32 tile = 0; tile < TILES; ++tile) {
+        const u64 token = tile * TOKENS + lane / 4;
+        tokens[tile] = global<T>(p.x) + (token < p.m ? token : p.m - 1) * p.k + lane_offset<HALVES>(lane);
+    }
+    const Rows rows = rows_of<FORM, HALVES>(p, n0, lane, steps);
     Steps group = {};
     u32 at = warp;
     if (at < groups) group.load(p, rows, at * STEPS);

@@ -124,6 +124,71 @@ typedef struct {
     u32 padding;
 } Linear4;
 
+// linear8_gemv_{f32,f16,bf16}: y = x W^T + bias for a weight of byte codes: of a codebook, with a
+// scale a block, or signed bytes times absmax[n] / 127.
+typedef struct {
+    const void *x;       // [M, K]
+    const u8 *codes;     // [N, K]
+    const float *values; // [256], or null: signed bytes
+    const float *absmax; // [blocks]; signed bytes: [N]
+    const void *bias;    // [N] of bias_dtype, or null
+    void *y;             // [M, N]
+    u64 m, n, k;
+    u32 log2_blocksize;  // 5 to 12; of no meaning for signed bytes
+    u32 bias_dtype;      // DTYPE_*
+} Linear8;
+
+// integer_rows_{f32,f16,bf16}: each group of a row of activations to signed bytes and their factor,
+// absmax / 127; NaN for a group in which a value is not finite.
+typedef struct {
+    const void *x;  // [rows, columns]
+    i8 *codes;      // [rows, columns]
+    float *factors; // [rows, groups of a row]
+    u64 rows, columns;
+    u32 log2_group; // elements of a group
+    u32 padding;
+} IntegerRows;
+
+// integer_linear4_{f32,f16,bf16}: the activations of integer_rows times a weight of four-bit codes
+// whose values are integers * step, any M, N, K. src/quant/integer.rs is the definition.
+typedef struct {
+    const i8 *codes;      // [M, K], 16-byte aligned
+    const float *factors; // [M, groups of a row]
+    const u8 *packed;     // [N, K] flat, two codes a byte, first high; 16-byte aligned
+    const void *bias;     // [N] of bias_dtype, or null
+    void *y;              // [M, N]
+    u64 m, n, k;
+    Scales scales;
+    i8 integers[16];
+    float step;
+    u32 log2_group; // elements with one factor, 32 or more
+    u32 bias_dtype; // DTYPE_*
+    u32 padding;
+} IntegerLinear4;
+
+// What one run of elements adds to quant::stats::Stats.
+typedef struct {
+    double sums[4]; // squares of the original and of the decoded, products, squared differences
+    float max_abs;
+    float absmax_min, absmax_max;
+    u32 padding;
+    u64 outliers;
+} RunStats;
+
+// compare_{f32,f16,bf16}: how far decoded values are from what they were quantized from.
+typedef struct {
+    const void *x;        // [n]
+    const float *decoded; // [n]
+    RunStats *out;        // [n / run, rounded up]
+    u64 first;            // the position of x[0] in the tensor that has the scales
+    u64 n;
+    u64 run;              // a multiple of block, like `first`
+    u64 block;            // elements of a block or row
+    Scales scales;        // of the whole tensor
+    float outlier_factor;
+    u32 padding;
+} Compare;
+
 // Columns of activations that are multiplied apart (LLM.int8()).
 typedef struct {
     u32 *columns; // [K], ascending; the first `count` of them are meant
@@ -147,7 +212,8 @@ typedef struct {
     Outliers outliers;
 } Int8Outliers;
 
-// int8_rows_{f32,f16,bf16}: each row to signed bytes and its absmax; flagged columns count as 0.
+// int8_rows_{f32,f16,bf16}: each row to signed bytes and its absmax; flagged columns count as 0. A row
+// in which a value is not finite, in whatever column, has the absmax NaN, and codes of 0.
 typedef struct {
     const void *x;   // [rows, columns]
     const u8 *flags; // [columns] or null

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nybble import _core, cuda
+from nybble import _core, cuda, integer
 from nybble.cuda import place
 
 STREAM = 0xBEEF
@@ -31,6 +31,8 @@ class Backend:
         if not self.fake:
             found: Callable[..., Any] = getattr(torch.ops.nybble, name)
             return found
+        if name == "integer_linear":
+            return integer._integer_linear_cuda
         home = cuda.ops if hasattr(cuda.ops, name) else cuda.products
         straight: Callable[..., Any] = getattr(home, name)
         return straight

@@ -12,7 +12,7 @@ import torch
 import nybble as nb
 from gpu.backend import Backend, backend, guarded
 from gpu.records import Records
-from nybble import cuda
+from nybble import cuda, integer
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 #: Relative error of a product, by norm.
@@ -47,6 +47,15 @@ def _checks(there: Backend) -> Iterator[Check]:
                 yield f"blocks {text}", functools.partial(_blocks, there, *how)
                 yield f"products {text}", functools.partial(_products, there, *how)
     yield "llm.int8", functools.partial(_int8, there)
+    for format, nested in FORMATS:
+        yield f"statistics {format}{' nested' if nested else ''}", functools.partial(
+            _statistics, there, format, nested
+        )
+        if format in ("nf4", "fp4", "int4", "mxfp4"):
+            yield f"integers {format}{' nested' if nested else ''}", functools.partial(
+                _integers, there, format, nested
+            )
+    yield "a row that is not finite gives NaN", functools.partial(_not_finite, there)
     yield "misaligned codes are refused", functools.partial(_misaligned, there)
     yield "a value that is not finite is an error", functools.partial(_nonfinite, there)
     yield "a second thread", functools.partial(_thread, there)
@@ -108,7 +117,7 @@ def _products(
     decoded = q.dequantize(torch.float32).double()
     worst: dict[str, Any] = {}
     for dtype in FLOATS:
-        for rows in (1, 5, 33) if there.fake else (1, 2, 5, 8, 9, 17, 32, 33, 200):
+        for rows in (1, 5, 33) if there.fake else (1, 2, 5, 8, 9, 17, 32, 33, 65, 128, 200):
             for bias in (None, torch.randn(shape[0])):
                 x = torch.randn(rows, shape[1]).to(dtype)
                 moved_bias = None if bias is None else _on(there, bias)
@@ -140,6 +149,43 @@ def _int8(there: Backend) -> None:
             error = _relative(got.cpu().double(), exact.double())
             if not error <= ALLOWED[dtype]:
                 raise AssertionError(f"{dtype}, {rows} rows, {threshold}: error {error:.2e}")
+
+
+def _statistics(there: Backend, format: str, nested: bool) -> None:
+    """Equal to the CPU's in every bit, over several runs."""
+    w, how = _weight(format, nested, None, (300, 500))
+    for dtype in FLOATS:
+        q = nb.quantize(w.to(dtype), **how)
+        moved = [None if part is None else _on(there, part) for part in q.parts]
+        got = cuda.ops.error_stats(_on(there, w.to(dtype)), *moved, *q.how)
+        if (expected := nb.error(w.to(dtype), q)) != nb.ErrorStats(**got):
+            raise AssertionError(f"{dtype}: {got}, not {expected}")
+
+
+def _integers(there: Backend, format: str, nested: bool) -> None:
+    for columns in (320, 77):
+        q = nb.quantize(torch.randn(40, columns), format, nested=nested)
+        moved = [None if part is None else _on(there, part) for part in q.parts]
+        for dtype in FLOATS:
+            for rows in (1, 5, 33):
+                x = torch.randn(rows, columns).to(dtype)
+                got = there.op("integer_linear")(_on(there, x), *moved, None, *q.how)
+                exact = integer.definition(x.double(), *q.parts, None, *q.how)
+                error = _relative(got.cpu().double(), exact)
+                if not error <= ALLOWED[dtype]:
+                    raise AssertionError(f"{dtype}, {rows} rows of {columns}: error {error:.2e}")
+
+
+def _not_finite(there: Backend) -> None:
+    q = nb.quantize(torch.randn(24, 64), "int8")
+    packed, absmax = _on(there, q.packed), _on(there, q.absmax)
+    for rows in (3, 20):
+        for threshold in (0.0, 2.0):
+            x = torch.randn(rows, 64)
+            x[1, 7], x[2, 9] = torch.nan, torch.inf
+            got = there.op("int8_linear")(_on(there, x), packed, absmax, None, threshold).cpu()
+            if not got[1:3].isnan().all() or not got[0].isfinite().all():
+                raise AssertionError(f"{rows} rows, threshold {threshold}")
 
 
 def _misaligned(there: Backend) -> None:
@@ -189,7 +235,7 @@ def _stream(there: Backend) -> None:
 
 def _capture(there: Backend) -> None:
     q = nb.quantize(torch.randn(256, 512), nested=True).to(there.device)
-    for rows in (1, 8, 200):
+    for rows in (1, 8, 100, 200):
         x = torch.randn(rows, 512, device=there.device, dtype=torch.bfloat16)
         static = x.clone()
         graph = torch.cuda.CUDAGraph()

@@ -20,8 +20,12 @@ for name in ("nf4", "nf4 nested", "mxfp4", "dynamic8", "int8"):
     w = torch.randn(72, 128, device="cuda", dtype=torch.bfloat16)
     q = nb.quantize(w, format, nested=nested)
     q.dequantize()
-    for rows in (1, 9, 40):
-        nb.linear(torch.randn(rows, 128, device="cuda", dtype=torch.bfloat16), q)
+    nb.error(w, q)
+    for rows in (1, 9, 40, 140):
+        x = torch.randn(rows, 128, device="cuda", dtype=torch.bfloat16)
+        nb.linear(x, q)
+        if format in ("nf4", "mxfp4") and rows < 10:
+            torch.ops.nybble.integer_linear(x, *q.parts, None, *q.how)
     if format == "int8":
         nb.ops.int8_linear(torch.randn(3, 128, device="cuda"), q.packed, q.absmax, None, 2.0)
 torch.cuda.synchronize()

@@ -24,6 +24,8 @@ def run(records: Records, _name: str) -> None:
     for n, k in SHAPES:
         for nested in (False, True):
             _shape(records, n, k, nested, peak)
+    for format in ("int8", "dynamic8"):
+        _bytes(records, format, peak)
 
 
 def _shape(records: Records, n: int, k: int, nested: bool, peak: float | None) -> None:
@@ -58,6 +60,24 @@ def _shape(records: Records, n: int, k: int, nested: bool, peak: float | None) -
         lambda _i: torch.ops.nybble.quantize(w, "nf4", 64, nested, "exact", "zero"), 5
     )
     add(f"quantize nf4 {text}", us, q.nbytes + 2 * n * k, {})
+
+
+def _bytes(records: Records, format: str, peak: float | None) -> None:
+    """Few rows of activations with codes of a byte, beside decoding them."""
+    n, k = SHAPES[1]
+    q = nb.quantize(torch.randn(n, k, device="cuda", dtype=BF16), format)
+    weights = [q] + [_copied(q) for _ in range(copies(q.nbytes) - 1)]
+    for rows in (1, 8):
+        x = torch.randn(rows, k, device="cuda", dtype=BF16)
+        us = microseconds(lambda i, x=x: nb.linear(x, rotate(weights, i)))
+        decoded = microseconds(
+            lambda i, x=x: torch.nn.functional.linear(x, rotate(weights, i).dequantize(BF16))
+        )
+        found: dict[str, Any] = {"us": us, "gb_s": q.nbytes / us / 1e3}
+        found |= {"dequantize_and_linear_us": decoded, "dequantize_and_linear": decoded / us}
+        if peak:
+            found["of_peak"] = found["gb_s"] / peak
+        records.add("timing", f"linear {format} {n}x{k} M={rows}", **found)
 
 
 def _copied(q: nb.QTensor) -> nb.QTensor:

@@ -17,6 +17,7 @@ __all__ = [
     "cuda_available",
     "cuda_devices",
     "cuda_driver_present",
+    "cuda_error_stats",
     "cuda_int8_linear",
     "cuda_int8_outliers",
     "cuda_int8_rows",
@@ -149,6 +150,7 @@ def cuda_quantize(
     zero: bool,
     place: _Place,
 ) -> None: ...
+def cuda_error_stats(runs: _Memory, elements: int) -> Figures: ...
 def refuse_nonfinite(index: int, value: float) -> None: ...
 def cuda_int8_rows(
     x: _Memory,
@@ -177,6 +179,18 @@ class CudaWeight:
     def is_at(self, packed: int, absmax: int, nested: tuple[int, int] | None = None) -> bool: ...
     def dequantize(self, out: _Memory, first: int, place: _Place) -> None: ...
     def linear(self, x: _Memory, bias: _Memory | None, out: _Memory, place: _Place) -> None: ...
+    def integer_linear(
+        self,
+        x: _Memory,
+        scratch: tuple[_Memory, _Memory],
+        bias: _Memory | None,
+        out: _Memory,
+        place: _Place,
+    ) -> None: ...
+    def run(self) -> tuple[int, int]: ...
+    def compare(
+        self, x: _Memory, decoded: _Memory, first: int, out: _Memory, place: _Place
+    ) -> None: ...
 
 @final
 class Rules:

@@ -10,6 +10,7 @@ import torch
 
 from nybble import _core, integer, ops, products
 from nybble._memory import memory
+from nybble.cuda import ops as cuda
 from nybble.errors import DtypeError, FormatError
 from nybble.qtensor import QTensor
 
@@ -158,6 +159,8 @@ class ErrorStats:
 def error(x: torch.Tensor | np.ndarray[Any, Any], q: QTensor) -> ErrorStats:
     """Compare a tensor with its quantized form, in float64 sums.
 
+    On a CUDA device that has both, the sums are made there and only they come back.
+
     Raises:
         FormatError: The shapes differ.
     """
@@ -166,7 +169,11 @@ def error(x: torch.Tensor | np.ndarray[Any, Any], q: QTensor) -> ErrorStats:
         raise FormatError(
             f"error compares tensors of one shape, got {tuple(tensor.shape)} and {tuple(q.shape)}"
         )
-    tensor, host = tensor.detach().cpu().contiguous(), q.cpu()
+    tensor = tensor.detach()
+    on_device = ops.HAS_CUDA and tensor.is_cuda and tensor.device == q.device
+    if on_device and tensor.dtype in ops.FLOATS and tensor.numel() > 0:
+        return ErrorStats(**cuda.error_stats(tensor, *q.parts, *q.how))
+    tensor, host = tensor.cpu().contiguous(), q.cpu()
     weight = ops.weight(*host.parts, *host.how)
     return ErrorStats(**_core.error_stats(memory(tensor), weight, ops.kernel_threads()))
 

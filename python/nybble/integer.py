@@ -90,7 +90,7 @@ def _values(format: str, device: torch.device) -> Tensor:
 def _rounded(x: Tensor) -> Tensor:
     """Activations that were signed bytes with one scale a group, as float32."""
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % GROUP))
-    groups = padded.reshape(*x.shape[:-1], -1, GROUP)
+    groups = padded.unflatten(-1, (padded.shape[-1] // GROUP, GROUP))
     scale = groups.abs().amax(dim=-1, keepdim=True)
     # Not `127 / scale`: torch takes that for 127 times the reciprocal, which rounds twice.
     factor = torch.where(scale > 0, torch.full_like(scale, 127) / scale, torch.zeros_like(scale))
@@ -140,8 +140,11 @@ def _integer_linear_cuda(
 ) -> Tensor:
     if reference.is_row_wise(format):
         return cuda.int8_linear(x, packed, absmax, bias, 0.0)
-    parts = (packed, absmax, nested_absmax, nested_offset)
-    return definition(x, *parts, bias, format, blocksize, shape)
+    ops.check_product(x, shape)
+    weight = (packed, absmax, nested_absmax, nested_offset, bias, format, blocksize, shape)
+    if x.dtype not in ops.FLOATS or x.numel() * shape[0] == 0:
+        return definition(x, *weight)
+    return cuda.integer_linear(x, *weight, GROUP)
 
 
 if ops.HAS_CUDA:

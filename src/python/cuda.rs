@@ -9,9 +9,11 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use super::memory::Memory;
-use super::ops::{Weight, float};
+use super::ops::{Weight, figures_of, float};
+use crate::backend::cuda::compare::{self, WORDS};
 use crate::backend::cuda::device::{Cuda, facts, warmup};
 use crate::backend::cuda::driver::{available, driver, present};
+use crate::backend::cuda::integer::Activations;
 use crate::backend::cuda::product::{Bias, most_rows};
 use crate::backend::cuda::rows::{Integers, Outliers, Weight8};
 use crate::backend::cuda::tensor::{DeviceTensor, Report, Tables};
@@ -151,6 +153,60 @@ impl CudaWeight {
         })?;
         Ok(())
     }
+
+    /// `out = x @ weight.T + bias` with both factors as integers. `codes` (int8, as many as `x`
+    /// has) and `factors` (one a group) hold those of the activations meanwhile.
+    fn integer_linear(
+        &self,
+        x: Memory,
+        scratch: (Memory, Memory),
+        bias: Option<Memory>,
+        out: Memory,
+        place: Place,
+    ) -> PyResult<()> {
+        let cuda = place.cuda()?;
+        let [rows, columns] = self.weight.matrix()?;
+        let (codes, factors) = (scratch.0.codes_on_device()?, scratch.1.on_device()?);
+        let bias = bias.map(bias_of).transpose()?;
+        with_element!(float(x)?, T => {
+            let (x, out) = (x.on_device::<T>()?, out.on_device::<T>()?);
+            let scratch = Activations { codes, factors };
+            cuda.integer_linear(&self.tensor, [rows, columns], x, scratch, bias, out)
+        })?;
+        Ok(())
+    }
+
+    /// Elements that are compared at a time, and numbers (int64) that say what was found.
+    fn run(&self) -> (usize, usize) {
+        (compare::run(self.tensor.layout()), WORDS)
+    }
+
+    /// Compares `x` from flat position `first` on with `decoded`, into `out`.
+    fn compare(
+        &self,
+        x: Memory,
+        decoded: Memory,
+        first: usize,
+        out: Memory,
+        place: Place,
+    ) -> PyResult<()> {
+        let (cuda, decoded, out) = (place.cuda()?, decoded.on_device()?, out.on_device()?);
+        with_element!(float(x)?, T => {
+            cuda.compare(&self.tensor, first, x.on_device::<T>()?, decoded, out)
+        })?;
+        Ok(())
+    }
+}
+
+/// A dict of figures about `elements` elements, from what [`CudaWeight::compare`] wrote of all
+/// their runs, in host memory now.
+#[pyfunction]
+pub fn cuda_error_stats(
+    py: Python<'_>,
+    runs: Memory,
+    elements: usize,
+) -> PyResult<Bound<'_, PyDict>> {
+    figures_of(py, &compare::total(runs.slice()?, elements)?.summary())
 }
 
 fn bias_of(memory: Memory) -> Result<Bias> {

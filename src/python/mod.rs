@@ -26,8 +26,8 @@ mod _core {
     #[pymodule_export]
     use super::cuda::{
         CudaWeight, codebook_tables, cuda_available, cuda_devices, cuda_driver_present,
-        cuda_int8_linear, cuda_int8_outliers, cuda_int8_rows, cuda_most_rows, cuda_quantize,
-        cuda_warmup, refuse_nonfinite,
+        cuda_error_stats, cuda_int8_linear, cuda_int8_outliers, cuda_int8_rows, cuda_most_rows,
+        cuda_quantize, cuda_warmup, refuse_nonfinite,
     };
     #[pymodule_export]
     use super::integer::integers;

@@ -10,6 +10,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::format::{Decode, Format, Scale};
 use crate::pack::{self, NibbleOrder};
+use crate::quant::stats::Summary;
 use crate::quant::{NonFinite, Reference};
 use crate::tensor::{Layout, QTensor, Scales, ScalesMut};
 use crate::with_element;
@@ -248,6 +249,11 @@ pub fn error_stats(
         py.detach(|| cpu.error(x, &q))
     })?
     .summary();
+    figures_of(py, &figures)
+}
+
+/// Figures about a quantized tensor as Python takes them.
+pub fn figures_of<'py>(py: Python<'py>, figures: &Summary) -> PyResult<Bound<'py, PyDict>> {
     let row = PyDict::new(py);
     row.set_item("count", figures.count)?;
     row.set_item("sqnr_db", figures.sqnr_db)?;

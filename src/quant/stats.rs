@@ -79,6 +79,10 @@ impl Sums {
     }
 }
 
+/// About as many elements are summed up, in whole blocks, before the sums are merged with those
+/// of others. Sums in f64 depend on it.
+pub const RUN: usize = 64 * 1024;
+
 impl Default for Stats {
     fn default() -> Self {
         Self {

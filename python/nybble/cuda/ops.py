@@ -12,6 +12,9 @@ from nybble._memory import memory, optional_memory
 from nybble.cuda import place
 from nybble.errors import DeviceError
 
+#: Bytes of a weight that are decoded at a time where it is not the result.
+SCRATCH = 32 << 20
+
 
 def quantize(
     x: Tensor, format: str, blocksize: int, nested: bool, reference: str, nonfinite: str
@@ -128,6 +131,37 @@ def embedding(
         codes = codes.flatten()
     gathered = (codes, scales, None, None, format, blocksize, [flat.numel(), columns])
     return dequantize(*gathered, dtype).reshape(*ids.shape, columns)
+
+
+def error_stats(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+) -> _core.Figures:
+    """How far a tensor is from its quantized form; waits for the device.
+
+    The weight is decoded in parts, as for products, and compared on the device.
+    """
+    x = place.aligned(x).flatten()
+    place.check_together(packed, x)
+    weight = place.weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
+    at = place.where(packed)
+    run, words = weight.run()
+    found = x.new_empty((-(-x.numel() // run), words), dtype=torch.int64)
+    step = max(1, SCRATCH // (run * torch.float32.itemsize)) * run
+    scratch = x.new_empty(min(step, x.numel()), dtype=torch.float32)
+    for start in range(0, x.numel(), step):
+        part = x[start : start + step]
+        decoded = scratch[: part.numel()]
+        runs = found[start // run : -(-(start + part.numel()) // run)]
+        weight.dequantize(memory(decoded), start, at)
+        weight.compare(memory(part), memory(decoded), start, memory(runs), at)
+    return _core.cuda_error_stats(memory(found.cpu()), x.numel())
 
 
 if ops.HAS_CUDA:

@@ -17,9 +17,7 @@ from torch import Tensor
 from nybble import _core, ops, reference
 from nybble._memory import memory, name_of, optional_memory
 from nybble.cuda import place
-
-#: Bytes of the weight that are decoded at a time.
-SCRATCH = 32 << 20
+from nybble.cuda.ops import SCRATCH
 
 # Rows and multiples that torch's integer product takes.
 _INT_ROWS, _INT_MULTIPLE = 17, 8
@@ -178,7 +176,10 @@ def _contiguous(bias: Tensor | None) -> Tensor | None:
 def int8_linear(
     x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
 ) -> Tensor:
-    """`nybble::int8_linear`. Rows with values that are not finite have no meaning."""
+    """`nybble::int8_linear`. A row in which a value is not finite gives a row of NaN.
+
+    A CPU raises an error there; a device would have to be waited for.
+    """
     ops.check_product(x, packed.shape)
     n, k = packed.shape
     rows = math.prod(x.shape[:-1])
@@ -204,6 +205,37 @@ def int8_linear(
     _core.cuda_int8_linear(
         memory(integers), memory(scales), weight, outliers, optional_memory(bias), memory(out), at
     )
+    return out
+
+
+# --- compute="int8" --------------------------------------------------------------------------
+
+
+def integer_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+    group: int,
+) -> Tensor:
+    """`nybble::integer_linear` for four-bit codes; `group` activations share a scale."""
+    n, k = shape
+    x = place.aligned(x)
+    bias = _contiguous(bias)
+    weight = place.weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
+    place.check_together(packed, x, bias)
+    rows = math.prod(x.shape[:-1])
+    out = x.new_empty((*x.shape[:-1], n))
+    codes = x.new_empty((rows, k), dtype=torch.int8)
+    factors = x.new_empty((rows, -(-k // group)), dtype=torch.float32)
+    scratch = (memory(codes), memory(factors))
+    at = place.where(packed)
+    weight.integer_linear(memory(x), scratch, optional_memory(bias), memory(out), at)
     return out
 
 

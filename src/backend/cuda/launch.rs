@@ -47,7 +47,12 @@ families! {
     LINEAR4_SMALL8: Linear4 = "linear4_small8", HALF, 256;
     LINEAR4_SMALL16: Linear4 = "linear4_small16", HALF, 256;
     LINEAR4_SMALL32: Linear4 = "linear4_small32", HALF, 256;
+    LINEAR4_MID: Linear4 = "linear4_mid", HALF, 256;
     LINEAR4_GEMV: Linear4 = "linear4_gemv", ALL, 256;
+    LINEAR8_GEMV: Linear8 = "linear8_gemv", ALL, 256;
+    INTEGER_ROWS: IntegerRows = "integer_rows", ALL, 256;
+    INTEGER_LINEAR4: IntegerLinear4 = "integer_linear4", ALL, 256;
+    COMPARE: Compare = "compare", ALL, 256;
     INT8_FLAGS: Int8Flags = "int8_flags", ALL, 256;
     INT8_OUTLIERS: Int8Outliers = "int8_outliers", &[], 1024;
     INT8_ROWS: Int8Rows = "int8_rows", ALL, 256;

@@ -9,15 +9,17 @@
 //! - [`archive`], [`image`], [`nvrtc`], [`cache`]: which compiled kernels a device gets.
 //! - [`device`]: a device's context and its loaded kernels.
 //! - [`params`]: what each kernel is given. [`launch`]: kernels by name, grids.
-//! - [`tensor`], [`blocks`], [`product`], [`rows`]: the operations.
+//! - [`tensor`], [`blocks`], [`product`], [`rows`], [`integer`], [`compare`]: the operations.
 
 pub mod archive;
 pub mod blocks;
 pub mod cache;
+pub mod compare;
 pub mod device;
 pub mod driver;
 mod embedded;
 pub mod image;
+pub mod integer;
 pub mod launch;
 pub mod memory;
 pub mod nvrtc;

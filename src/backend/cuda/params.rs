@@ -123,6 +123,70 @@ params! {
         bias_dtype: u32,
         padding: u32,
     }
+    /// Multiplies with a weight of byte codes.
+    struct Linear8 {
+        x: Address,
+        codes: Address,
+        values: Address,
+        absmax: Address,
+        bias: Address,
+        y: Address,
+        m: u64,
+        n: u64,
+        k: u64,
+        log2_blocksize: u32,
+        bias_dtype: u32,
+    }
+    /// Quantizes groups of activations to signed bytes.
+    struct IntegerRows {
+        x: Address,
+        codes: Address,
+        factors: Address,
+        rows: u64,
+        columns: u64,
+        log2_group: u32,
+        padding: u32,
+    }
+    /// Multiplies these with four-bit codes that stand for integers.
+    struct IntegerLinear4 {
+        codes: Address,
+        factors: Address,
+        packed: Address,
+        bias: Address,
+        y: Address,
+        m: u64,
+        n: u64,
+        k: u64,
+        scales: Scales,
+        integers: [i8; 16],
+        step: f32,
+        log2_group: u32,
+        bias_dtype: u32,
+        padding: u32,
+    }
+    /// What a run of elements adds to statistics; kernels write it.
+    #[derive(bytemuck::Pod, bytemuck::Zeroable)]
+    struct RunStats {
+        sums: [f64; 4],
+        max_abs: f32,
+        absmax_min: f32,
+        absmax_max: f32,
+        padding: u32,
+        outliers: u64,
+    }
+    /// Compares decoded values with the original.
+    struct Compare {
+        x: Address,
+        decoded: Address,
+        out: Address,
+        first: u64,
+        n: u64,
+        run: u64,
+        block: u64,
+        scales: Scales,
+        outlier_factor: f32,
+        padding: u32,
+    }
     /// Columns of activations that are multiplied apart.
     struct Outliers {
         columns: Address,
@@ -190,6 +254,10 @@ taken_by_kernels!(
     Quantize8,
     Mean,
     Linear4,
+    Linear8,
+    IntegerRows,
+    IntegerLinear4,
+    Compare,
     Int8Flags,
     Int8Outliers,
     Int8Rows,

@@ -1,10 +1,13 @@
-//! Products with weights of four-bit codes, for few rows of activations.
+//! Products with few rows of activations, in the precision of the activations.
 //!
-//! Many rows are multiplied by torch with chunks of the decoded weight; see `nybble/cuda.py`.
+//! Many rows are multiplied by torch with chunks of the decoded weight; see `nybble/cuda`.
 
 use super::blocks::{dense, multiple};
 use super::device::Cuda;
-use super::launch::{Family, Grid, LINEAR4_GEMV, LINEAR4_SMALL8, LINEAR4_SMALL16, LINEAR4_SMALL32};
+use super::launch::{
+    Family, Grid, LINEAR4_GEMV, LINEAR4_MID, LINEAR4_SMALL8, LINEAR4_SMALL16, LINEAR4_SMALL32,
+    LINEAR8_GEMV,
+};
 use super::memory::DeviceSlice;
 use super::params;
 use super::tensor::DeviceTensor;
@@ -13,15 +16,20 @@ use crate::error::Result;
 use crate::format::{Decode, Format};
 use crate::pack::check_len;
 
-/// Kernels on tensor cores, and the most rows of activations that each takes.
-static SMALL: [(u64, &Family<params::Linear4>); 3] =
-    [(8, &LINEAR4_SMALL8), (16, &LINEAR4_SMALL16), (32, &LINEAR4_SMALL32)];
+/// Kernels on tensor cores, and the most rows of activations for which each is taken.
+static SMALL: [(u64, &Family<params::Linear4>); 4] =
+    [(8, &LINEAR4_SMALL8), (16, &LINEAR4_SMALL16), (32, &LINEAR4_SMALL32), (128, &LINEAR4_MID)];
 
-/// The most rows for which the kernel without tensor cores is worth it: it reads the weight again
-/// for every four.
+/// The most rows of activations that a block of threads of the others has, which is all of them.
+/// Those of [`LINEAR4_MID`] are shared out.
+const SMALL_MOST: u64 = 32;
+
+/// The most rows for which a kernel without tensor cores is worth it: it reads the weight again for
+/// every four.
 const GEMV_ROWS: u64 = 8;
 /// Rows of the weight, and rows of activations, of a block of threads.
 const SMALL_EACH: u64 = 16;
+const MID_EACH: u64 = 64;
 const GEMV_EACH: u64 = 8;
 const GEMV_ROWS_EACH: u64 = 4;
 
@@ -78,7 +86,8 @@ pub fn most_rows(format: Format, k: usize, dtype: Dtype, capability: u32) -> u64
             let wide = wide.filter(|most| small(*most, k as u64, dtype, capability).is_some());
             wide.max().unwrap_or(GEMV_ROWS)
         }
-        Decode::Codebook8(_) | Decode::Int8 | Decode::Dense(_) => 0,
+        Decode::Codebook8(_) | Decode::Int8 => GEMV_ROWS,
+        Decode::Dense(_) => 0,
     }
 }
 
@@ -92,9 +101,6 @@ impl Cuda {
         bias: Option<Bias>,
         y: DeviceSlice<T>,
     ) -> Result<()> {
-        let Decode::Codebook4(book) = q.layout().format.spec().decode else {
-            return Err(dense(q.layout().format));
-        };
         let [n, k] = shape;
         check_len("weight", q.layout().elements, n.saturating_mul(k))?;
         let (bias, bias_dtype) = Bias::params(bias, n)?;
@@ -104,25 +110,64 @@ impl Cuda {
         multiple("number of results", y.len(), n)?;
         let m = y.len() / n;
         check_len("x", m.saturating_mul(k), x.len())?;
+        let (x_at, y, m, n, k) = (x.address("x")?, y.address("y")?, m as u64, n as u64, k as u64);
+        let grid = Grid::plane((n, GEMV_EACH), (m, GEMV_ROWS_EACH));
+        let book = match q.layout().format.spec().decode {
+            Decode::Codebook4(book) => book,
+            Decode::Codebook8(_) | Decode::Int8 => {
+                let params = Bytes::of(q)?.params([x_at, bias, y], [m, n, k], bias_dtype);
+                return self.launch(&LINEAR8_GEMV, Some(T::DTYPE), grid, params);
+            }
+            Decode::Dense(_) => return Err(dense(q.layout().format)),
+        };
         let params = params::Linear4 {
-            x: x.address("x")?,
+            x: x_at,
             packed: q.packed().wide("packed")?,
             bias,
-            y: y.address("y")?,
-            m: m as u64,
-            n: n as u64,
-            k: k as u64,
+            y,
+            m,
+            n,
+            k,
             scales: q.scales_of_blocks()?,
             values: book.values,
             bias_dtype,
             padding: 0,
         };
-        let small = small(params.m, params.k, T::DTYPE, self.capability());
+        let small = small(m, k, T::DTYPE, self.capability());
         if let Some(family) = small.filter(|_| x.wide("x").is_ok()) {
-            return self.launch(family, Some(T::DTYPE), Grid::line(params.n, SMALL_EACH), params);
+            let grid = if m > SMALL_MOST {
+                Grid::plane((n, MID_EACH), (m, MID_EACH))
+            } else {
+                Grid::line(n, SMALL_EACH)
+            };
+            return self.launch(family, Some(T::DTYPE), grid, params);
         }
-        let grid = Grid::plane((params.n, GEMV_EACH), (params.m, GEMV_ROWS_EACH));
         self.launch(&LINEAR4_GEMV, Some(T::DTYPE), grid, params)
+    }
+}
+
+/// A weight of byte codes as its kernel takes it.
+struct Bytes {
+    codes: u64,
+    values: u64,
+    absmax: u64,
+    log2_blocksize: u32,
+}
+
+impl Bytes {
+    fn of(q: &DeviceTensor) -> Result<Self> {
+        let (values, log2_blocksize) = match q.layout().format.spec().decode {
+            Decode::Int8 => (0, 0),
+            _ => (q.tables()?.values.address("values of the codebook")?, q.log2_blocksize()?),
+        };
+        let absmax = q.plain_scales()?.address("absmax")?;
+        Ok(Self { codes: q.packed().address("packed")?, values, absmax, log2_blocksize })
+    }
+
+    fn params(self, at: [u64; 3], [m, n, k]: [u64; 3], bias_dtype: u32) -> params::Linear8 {
+        let Self { codes, values, absmax, log2_blocksize } = self;
+        let [x, bias, y] = at;
+        params::Linear8 { x, codes, values, absmax, bias, y, m, n, k, log2_blocksize, bias_dtype }
     }
 }
 
@@ -133,11 +178,12 @@ mod tests {
     #[test]
     fn tensor_cores_take_whole_tiles_of_what_they_multiply() {
         let most = |k, dtype, capability| most_rows(Format::Nf4, k, dtype, capability);
-        assert_eq!(most(4096, Dtype::BF16, 90), 32);
+        assert_eq!(most(4096, Dtype::BF16, 90), 128);
         assert_eq!(most(4096, Dtype::BF16, 75), GEMV_ROWS);
-        assert_eq!(most(4096, Dtype::F16, 75), 32);
+        assert_eq!(most(4096, Dtype::F16, 75), 128);
         assert_eq!(most(4096, Dtype::F32, 90), GEMV_ROWS);
         assert_eq!(most(4100, Dtype::F16, 90), GEMV_ROWS);
-        assert_eq!(most_rows(Format::Int8, 64, Dtype::F16, 90), 0);
+        assert_eq!(most_rows(Format::Int8, 64, Dtype::F16, 90), GEMV_ROWS);
+        assert_eq!(most_rows(Format::Bf16, 64, Dtype::F16, 90), 0);
     }
 }

@@ -42,6 +42,17 @@ inline int __dp4a(int a, int b, int sum) {
     return sum;
 }
 
+// Four bytes of the eight in a and b, each by a number of three bits in the selector.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    const unsigned long long both = (unsigned long long)b << 32 | a;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) {
+        if (selector >> 4 * i & 8) emulator::fail("a selector of __byte_perm with a sign");
+        result |= unsigned(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    }
+    return result;
+}
+
 inline unsigned __float_as_uint(float x) {
     unsigned bits;
     std::memcpy(&bits, &x, sizeof bits);

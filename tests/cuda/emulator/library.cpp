@@ -26,7 +26,8 @@ unsigned nybble_sizeof(const char *name) {
     const std::map<std::string, unsigned> sizes = {
 #define SIZE(name) {#name, sizeof(name)}
         SIZE(Scales), SIZE(Dequantize4), SIZE(Encoder4), SIZE(NonFinite), SIZE(Quantize4),
-        SIZE(Dequantize8), SIZE(Quantize8), SIZE(Mean), SIZE(Linear4), SIZE(Outliers), SIZE(Int8Flags),
+        SIZE(Dequantize8), SIZE(Quantize8), SIZE(Mean), SIZE(Linear4), SIZE(Linear8), SIZE(IntegerRows),
+        SIZE(IntegerLinear4), SIZE(RunStats), SIZE(Compare), SIZE(Outliers), SIZE(Int8Flags),
         SIZE(Int8Outliers), SIZE(Int8Rows), SIZE(Int8Dequantize), SIZE(Int8Linear),
 #undef SIZE
     };

@@ -185,7 +185,8 @@ int cuModuleLoadData(void **module, const void *image) {
 }
 
 int cuModuleGetFunction(void **function, void *module, const char *name) {
-    bool needs_bf16 = !strncmp(name, "linear4_small", 13) && strstr(name, "_bf16");
+    bool on_tensor_cores = strstr(name, "linear4_small") || strstr(name, "linear4_mid");
+    bool needs_bf16 = on_tensor_cores && strstr(name, "_bf16");
     if (needs_bf16 && number("NYBBLE_FAKE_CAPABILITY", 90) < 80)
         return NOT_FOUND;
     if (!emulator().knows(name))

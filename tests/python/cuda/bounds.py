@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from params import (
+    Compare,
     Dequantize4,
     Dequantize8,
     Emulator,
@@ -23,7 +24,10 @@ from params import (
     Int8Linear,
     Int8Outliers,
     Int8Rows,
+    IntegerLinear4,
+    IntegerRows,
     Linear4,
+    Linear8,
     Mean,
     NonFinite,
     Outliers,
@@ -121,8 +125,12 @@ def blockwise(run: Any, name: str, size: int) -> None:
 
 def linear(run: Any, kernel: str, name: str, size: int) -> None:
     """Four-bit products."""
-    small = "small" in kernel
-    for m, n, k in ((1, 1, 64), (5, 17, 192), (8, 33, 448)) if small else ((1, 1, 1), (5, 9, 77)):
+    sizes = [(1, 1, 64), (5, 17, 192), (8, 33, 448)]
+    if "mid" in kernel:
+        sizes = [(1, 1, 64), (70, 67, 192)]
+    elif "gemv" in kernel:
+        sizes = [(1, 1, 1), (5, 9, 77)]
+    for m, n, k in sizes:
         for blocksize, kind in ((32, "plain"), (32, "e8m0"), (64, "nested"), (128, "plain")):
             blocks = -(-n * k // blocksize)
             params = Linear4(
@@ -137,6 +145,66 @@ def linear(run: Any, kernel: str, name: str, size: int) -> None:
                 bias_dtype=1,
             )
             run(f"{kernel}_{name}", params, 2)
+
+
+def bytes_and_integers(run: Any, name: str, size: int) -> None:
+    """Products with byte codes, and of integers with four-bit codes."""
+    for m, n, k in ((1, 1, 1), (5, 9, 77), (9, 10, 320)):
+        for table in (False, True):
+            params = Linear8(
+                x=memory(size * m * k),
+                codes=memory(n * k),
+                values=memory(1024) if table else None,
+                absmax=memory(4 * (-(-n * k // 64) if table else n)),
+                bias=memory(2 * n),
+                y=memory(size * m * n),
+                m=m,
+                n=n,
+                k=k,
+                log2_blocksize=6,
+                bias_dtype=2,
+            )
+            run(f"linear8_gemv_{name}", params, 2)
+        groups = -(-k // 256)
+        rows = IntegerRows(
+            x=memory(size * m * k),
+            codes=memory(m * k),
+            factors=memory(4 * m * groups),
+            rows=m,
+            columns=k,
+            log2_group=8,
+        )
+        run(f"integer_rows_{name}", rows, 2)
+        for blocksize, kind in ((32, "e8m0"), (64, "nested"), (128, "plain")):
+            integers = IntegerLinear4(
+                codes=rows.codes,
+                factors=rows.factors,
+                packed=memory((n * k + 1) // 2),
+                bias=memory(4 * n),
+                y=memory(size * m * n),
+                m=m,
+                n=n,
+                k=k,
+                scales=scales(-(-n * k // blocksize), blocksize, kind),
+                log2_group=8,
+            )
+            run(f"integer_linear4_{name}", integers, 2)
+
+
+def compare(run: Any, name: str, size: int) -> None:
+    """Statistics, with short last runs and blocks."""
+    for n in (1, 63, 65, 1000):
+        for kind in ("e8m0", "nested", "plain"):
+            params = Compare(
+                x=memory(size * n),
+                decoded=memory(4 * n),
+                out=memory(56 * -(-n // 192)),
+                n=n,
+                run=192,
+                block=64,
+                scales=scales(-(-n // 64), 64, kind),
+            )
+            run(f"compare_{name}", params, 2)
 
 
 def int8(run: Any, name: str, size: int) -> None:
@@ -191,7 +259,10 @@ def main() -> None:
         blockwise(run, name, size)
         int8(run, name, size)
         linear(run, "linear4_gemv", name, size)
+        bytes_and_integers(run, name, size)
+        compare(run, name, size)
         if name != "f32":
+            linear(run, "linear4_mid", name, size)
             for tokens in (8, 16, 32):
                 linear(run, f"linear4_small{tokens}", name, size)
     for n in (1, 9, 33, 9000):

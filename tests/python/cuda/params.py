@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_uint8, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int8, c_uint8, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,38 @@ class Linear4(Structure):
     ]
 
 
+class Linear8(Structure):
+    _fields_ = _fields("p:x,codes,values,absmax,bias,y q:m,n,k u:log2_blocksize,bias_dtype")
+
+
+class IntegerRows(Structure):
+    _fields_ = _fields("p:x,codes,factors q:rows,columns u:log2_group,padding")
+
+
+class IntegerLinear4(Structure):
+    _fields_ = [
+        *_fields("p:codes,factors,packed,bias,y q:m,n,k"),
+        ("scales", Scales),
+        ("integers", c_int8 * 16),
+        *_fields("f:step u:log2_group,bias_dtype,padding"),
+    ]
+
+
+class RunStats(Structure):
+    _fields_ = [
+        ("sums", c_double * 4),
+        *_fields("f:max_abs,absmax_min,absmax_max u:padding q:outliers"),
+    ]
+
+
+class Compare(Structure):
+    _fields_ = [
+        *_fields("p:x,decoded,out q:first,n,run,block"),
+        ("scales", Scales),
+        *_fields("f:outlier_factor u:padding"),
+    ]
+
+
 class Outliers(Structure):
     _fields_ = _fields("p:columns,count")
 
@@ -107,7 +139,7 @@ class Int8Linear(Structure):
 
 STRUCTS = (
     Scales, Dequantize4, Encoder4, NonFinite, Quantize4, Dequantize8, Quantize8, Mean, Linear4,
-    Outliers, Int8Flags, Int8Outliers, Int8Rows, Int8Dequantize, Int8Linear,
+    Linear8, IntegerRows, IntegerLinear4, RunStats, Compare, Outliers, Int8Flags, Int8Outliers, Int8Rows, Int8Dequantize, Int8Linear,
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from build_kernels import BuildError, Image, Nvrtc
 from params import Emulator
 
 TENSOR_CORES_OF_BF16 = 80
-SMALL = "linear4_small"
+SMALL, MID = "linear4_small", "linear4_mid"
 # Of 65,536 registers, for two thread blocks of 256 threads; and for one of 1024.
 REGISTERS, REGISTERS_OF_1024 = 128, 64
 THREADS_1024 = ("mean_f32", "int8_outliers")
@@ -115,7 +115,8 @@ def test_every_gpu_has_the_kernels_that_the_emulator_has(
         if arch >= TENSOR_CORES_OF_BF16:
             assert not missing, arch
         else:
-            assert missing == {f"{SMALL}{tokens}_bf16" for tokens in (8, 16, 32)}
+            small = {f"{SMALL}{tokens}_bf16" for tokens in (8, 16, 32)}
+            assert missing == small | {f"{MID}_bf16"}
 
 
 def test_nothing_spills_and_registers_are_within_budget(
@@ -124,7 +125,7 @@ def test_nothing_spills_and_registers_are_within_budget(
     for arch, found in kernels.items():
         for name, kernel in found.items():
             budget = REGISTERS_OF_1024 if name in THREADS_1024 else REGISTERS
-            if arch < TENSOR_CORES_OF_BF16 and name.startswith(SMALL):
+            if arch < TENSOR_CORES_OF_BF16 and name.startswith((SMALL, MID)):
                 budget = SMALL_REGISTERS_OF_75
             assert kernel.count("STL", "LDL") == 0, f"{name} spills on sm_{arch}"
             assert 0 < kernel.registers <= budget, f"{name} on sm_{arch}: {kernel.registers}"
@@ -145,6 +146,35 @@ def test_a_product_with_few_tokens_takes_four_instructions_a_weight(
         # A lane's 32 weights take four products.
         cost = len(loop.instructions) / (8 * loop.count("HMMA"))
         assert cost <= (4.0 if loop in whole else 5.5), sass.summary(loop)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_a_product_with_64_tokens_stays_far_below_decoding_and_multiplying(
+    kernels: dict[int, dict[str, sass.Kernel]], arch: int, dtype: str
+) -> None:
+    loops = sass.innermost(kernels[arch][f"{MID}_{dtype}"], "HMMA")
+    assert len(loops) == 5
+    for loop in loops:
+        # A lane's 32 weights meet eight tiles of tokens: what kernels.md counts with.
+        assert loop.count("HMMA") == 32, sass.summary(loop)
+        assert loop.count("LDS.128") == 16, sass.summary(loop)
+        assert loop.count("LDG.E.128") == 4, sass.summary(loop)
+        whole = loop.count("LDG.E.NA.64") == 2
+        assert len(loop.instructions) / 32 <= (8.0 if whole else 10.5), sass.summary(loop)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_integers_are_multiplied_four_at_a_time(
+    kernels: dict[int, dict[str, sass.Kernel]], arch: int, dtype: str
+) -> None:
+    loops = sass.innermost(kernels[arch][f"integer_linear4_{dtype}"], "IDP")
+    (loop,) = loops
+    # 32 weights of a lane and eight tokens.
+    assert loop.count("IDP.4A") == 64, sass.summary(loop)
+    assert loop.count("LDG.E.128") == 16, sass.summary(loop)
+    assert len(loop.instructions) / 32 <= 10.0, sass.summary(loop)
 
 
 def test_what_must_be_exact_has_no_fused_steps(

@@ -9,10 +9,10 @@ import pytest
 import torch
 from emulated import CODES, NAMES, at, poisoned, scales_of, values_of
 from hypothesis import HealthCheck, given, settings
-from params import Emulator, Linear4, pieces
+from params import Emulator, Linear4, Linear8, pieces
 
 import nybble as nb
-from strategies import FOUR_BIT, SPEC, dtypes, kinds, seeds, tensor
+from strategies import FOUR_BIT, SPEC, dtypes, for_format, kinds, seeds, tensor
 
 FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 HALVES = [torch.float16, torch.bfloat16]
@@ -37,11 +37,29 @@ def linear4(
     )  # fmt: skip
     params.values[:] = values_of(q.format)
     name = f"{kernel}_{NAMES[x.dtype]}"
-    if "small" in kernel:
+    if "mid" in kernel:
+        emulator.launch(name, params, pieces(n, 64), grid_y=pieces(m, 64, 2))
+    elif "small" in kernel:
         emulator.launch(name, params, pieces(n, 16))
     else:
         emulator.launch(name, params, pieces(n, 8), grid_y=pieces(m, 4, 2))
     del kept
+    return y
+
+
+def linear8(
+    emulator: Emulator, x: torch.Tensor, q: nb.QTensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    (m, k), n = x.shape, q.shape[0]
+    y = poisoned((m, n), x.dtype)
+    values = None if q.format == "int8" else torch.tensor(values_of(q.format), dtype=torch.float32)
+    params = Linear8(
+        x=at(x), codes=at(q.packed), values=at(values), absmax=at(q.absmax), bias=at(bias), y=at(y),
+        m=m, n=n, k=k, log2_blocksize=0 if values is None else q.blocksize.bit_length() - 1,
+        bias_dtype=0 if bias is None else CODES[bias.dtype],
+    )  # fmt: skip
+    name = f"linear8_gemv_{NAMES[x.dtype]}"
+    emulator.launch(name, params, pieces(n, 8), grid_y=pieces(m, 4, 2))
     return y
 
 
@@ -99,6 +117,22 @@ def test_few_tokens_on_tensor_cores(
 
 @FIXTURE
 @given(
+    m=st.integers(1, 140), n=st.integers(1, 150), steps=st.integers(1, 9),
+    dtype=st.sampled_from(HALVES), seed=seeds,
+    kind=st.sampled_from(["normal", "constant", "zero", "steps"]), how=four_bit,
+    bias=st.sampled_from([None, *NAMES]),
+)  # fmt: skip
+def test_more_tokens_on_tensor_cores(
+    emulator: Emulator, m: int, n: int, steps: int, dtype: torch.dtype, seed: int, kind: str,
+    how: Any, bias: Any,
+) -> None:  # fmt: skip
+    x, q, addend = operands(m, n, 64 * steps, dtype, seed, kind, how, bias)
+    y = linear4(emulator, "linear4_mid", x, q, addend)
+    assert_close(y, x, q, addend, half_unit(dtype))
+
+
+@FIXTURE
+@given(
     m=st.integers(1, 9), n=st.integers(1, 30), k=st.one_of(st.integers(1, 300), st.just(1024)),
     dtype=dtypes, seed=seeds, kind=kinds, how=four_bit, bias=st.sampled_from([None, *NAMES]),
 )  # fmt: skip
@@ -111,7 +145,38 @@ def test_any_row_length_in_f32(
     assert_close(y, x, q, addend, 0.0)
 
 
-@pytest.mark.parametrize("kernel", ["linear4_small8", "linear4_small32", "linear4_gemv"])
+@FIXTURE
+@given(
+    m=st.integers(1, 9), n=st.integers(1, 30),
+    k=st.one_of(st.integers(1, 200), st.sampled_from([16, 512, 1040])), dtype=dtypes, seed=seeds,
+    kind=kinds, format=st.sampled_from(["int8", "dynamic8", "dynamic8u"]),
+    blocksize=st.sampled_from([32, 64, 4096]), bias=st.sampled_from([None, *NAMES]),
+)  # fmt: skip
+def test_weights_of_byte_codes_in_f32(
+    emulator: Emulator, m: int, n: int, k: int, dtype: torch.dtype, seed: int, kind: str,
+    format: str, blocksize: int, bias: Any,
+) -> None:  # fmt: skip
+    weight = for_format(tensor((n, k), torch.float32, seed, kind), format)
+    q = nb.quantize(weight, format, blocksize=None if format == "int8" else blocksize)
+    x = tensor((m, k), dtype, seed + 1) * 50
+    addend = None if bias is None else tensor((n,), bias, seed + 2)
+    assert_close(linear8(emulator, x, q, addend), x, q, addend, 0.0)
+
+
+def test_every_signed_byte_is_multiplied_exactly(loaded: Emulator) -> None:
+    codes = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).reshape(1, 256)
+    absmax = torch.tensor([127.0])
+    q = nb.QTensor(
+        packed=codes, absmax=absmax, format="int8", shape=torch.Size((1, 256)),
+        dtype=torch.float32, blocksize=256,
+    )  # fmt: skip
+    y = linear8(loaded, torch.eye(256), q, None)
+    assert torch.equal(y.flatten(), codes.flatten().float())
+
+
+@pytest.mark.parametrize(
+    "kernel", ["linear4_small8", "linear4_small32", "linear4_mid", "linear4_gemv"]
+)
 def test_every_order_of_threads_gives_the_same_bits(loaded: Emulator, kernel: str) -> None:
     x, q, bias = operands(
         7, 45, 64 * 19, torch.bfloat16, 4, "normal", ("nf4", 64, True), torch.float32
@@ -124,7 +189,7 @@ def test_every_order_of_threads_gives_the_same_bits(loaded: Emulator, kernel: st
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("kernel", ["linear4_small8", "linear4_gemv"])
+@pytest.mark.parametrize("kernel", ["linear4_small8", "linear4_mid", "linear4_gemv"])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_what_is_not_finite_stays_with_its_token(loaded: Emulator, kernel: str, bad: float) -> None:
     x, q, _ = operands(5, 33, 640, torch.float16, 8, "normal", ("int4", 64, False), None)

@@ -80,6 +80,27 @@ def test_embedding_decodes_only_the_rows_asked_for(format, nested, launches):
     assert [launch["grid"] for launch in launches()] == ["1 1"]
 
 
+@given(settings_of(), matrices, dtypes, seeds)
+def test_figures_about_errors_are_those_of_the_cpu(how, shape, dtype, seed):
+    x = for_format(tensor(shape, dtype, seed), how["format"])
+    q = nb.quantize(x, **how)
+    assert nb.functional.ErrorStats(**cuda.ops.error_stats(x, *q.parts, *q.how)) == nb.error(x, q)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8", "dynamic8"])
+def test_figures_of_several_runs_and_parts_are_those_of_the_cpu(format, launches, monkeypatch):
+    # Three runs of about 65,536 elements, one at a time.
+    monkeypatch.setattr(cuda.ops, "SCRATCH", 4 * 65536)
+    x = tensor((300, 500), torch.bfloat16, 3, "heavy")
+    q = nb.quantize(x, format)
+    launches()
+    got = cuda.ops.error_stats(x, *q.parts, *q.how)
+    assert [launch["kernel"] for launch in launches() if "compare" in launch["kernel"]] == [
+        "compare_bf16"
+    ] * 3
+    assert nb.functional.ErrorStats(**got) == nb.error(x, q)
+
+
 def test_rows_that_are_no_whole_blocks_can_be_embedded():
     q = nb.quantize(torch.randn(30, 33))
     ids = torch.tensor([29, 0])

@@ -9,16 +9,25 @@ import torch
 from hypothesis import given
 
 import nybble as nb
-from nybble import cuda, products, reference
+from nybble import cuda, integer, products, reference
 from nybble.cuda import place
-from nybble.errors import DeviceError
-from strategies import assert_product, dtypes, for_format, matrices, seeds, settings_of, tensor
+from nybble.errors import DeviceError, FormatError
+from strategies import (
+    FOUR_BIT,
+    assert_product,
+    dtypes,
+    for_format,
+    matrices,
+    seeds,
+    settings_of,
+    tensor,
+)
 
 
 @given(settings_of(), matrices, dtypes, seeds)
 def test_linear_is_dequantize_and_matmul(how, shape, dtype, seed):
     q = nb.quantize(for_format(tensor(shape, dtype, seed), how["format"]), **how)
-    for rows in (1, 9, 33):
+    for rows in (1, 9, 33, 129):
         x = torch.randn(rows, shape[1]).to(dtype)
         for bias in (None, torch.randn(shape[0]).to(dtype)):
             got = cuda.products.linear(x, *q.parts, bias, *q.how)
@@ -45,10 +54,26 @@ def test_few_rows_take_one_kernel_and_many_are_decoded(launches):
     assert kernel(1, 128, half, launches) == ["linear4_small8_f16"]
     assert kernel(9, 128, half, launches) == ["linear4_small16_f16"]
     assert kernel(32, 128, half, launches) == ["linear4_small32_f16"]
-    assert kernel(33, 128, half, launches) == ["dequantize4_f16"]
+    assert kernel(33, 128, half, launches) == ["linear4_mid_f16"]
+    assert kernel(128, 128, half, launches) == ["linear4_mid_f16"]
+    assert kernel(129, 128, half, launches) == ["dequantize4_f16"]
     assert kernel(8, 96, half, launches) == ["linear4_gemv_f16"]
     assert kernel(9, 96, half, launches) == ["dequantize4_f16"]
     assert kernel(1, 128, torch.float32, launches) == ["linear4_gemv_f32"]
+
+
+@pytest.mark.parametrize("format", ["int8", "dynamic8"])
+@pytest.mark.parametrize("columns", [128, 77])
+def test_few_rows_are_multiplied_with_byte_codes_as_they_are(format, columns, launches):
+    q = nb.quantize(torch.randn(48, columns), format)
+    bias = torch.randn(48).half()
+    for rows, expected in ((1, "linear8_gemv_f16"), (8, "linear8_gemv_f16"), (9, "dequantize")):
+        x = torch.randn(rows, columns).half()
+        launches()
+        got = cuda.products.linear(x, *q.parts, bias, *q.how)
+        (launch,) = launches()
+        assert expected in launch["kernel"]
+        assert_product(got, x, q, bias)
 
 
 def test_old_devices_multiply_bfloat16_without_tensor_cores(launches):
@@ -64,7 +89,7 @@ def test_a_weight_that_exceeds_the_scratch_is_decoded_in_parts(
 ):
     monkeypatch.setattr(cuda.products, "SCRATCH", 64 * columns * 2)
     q = nb.quantize(torch.randn(150, columns), format)
-    x, bias = torch.randn(40, columns).bfloat16(), torch.randn(150)
+    x, bias = torch.randn(140, columns).bfloat16(), torch.randn(150)
     launches()
     assert_product(cuda.products.linear(x, *q.parts, bias, *q.how), x, q, bias.bfloat16())
     assert len(launches()) == 3
@@ -117,6 +142,46 @@ def test_llm_int8_is_within_its_rounding(shape, dtype, seed):
             unit = torch.finfo(dtype).eps
             bound = (unit + shape[1] * 2.0**-23) * scale + 1e-6
             assert bool(((got.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+def test_a_row_that_is_not_finite_gives_nan_without_waiting(rows, threshold):
+    q = nb.quantize(torch.randn(24, 64), "int8")
+    x = torch.randn(rows, 64)
+    x[1, 7], x[2, 9] = torch.nan, -torch.inf
+    got = cuda.products.int8_linear(x, q.packed, q.absmax, None, threshold)
+    assert got[1:3].isnan().all()
+    others = [row for row in range(rows) if row not in (1, 2)]
+    assert got[others].isfinite().all()
+
+
+@given(settings_of(FOUR_BIT), matrices, dtypes, seeds)
+def test_products_of_integers_are_those_of_the_definition(how, shape, dtype, seed):
+    q = nb.quantize(tensor(shape, torch.float32, seed), **how)
+    for rows in (1, 9):
+        x, bias = torch.randn(rows, shape[1]).to(dtype), torch.randn(shape[0])
+        got = integer._integer_linear_cuda(x, *q.parts, bias, *q.how)
+        exact = integer.definition(x.double(), *q.parts, bias, *q.how)
+        scale = x.double().abs() @ q.dequantize(torch.float32).double().abs().T + bias.abs()
+        # Sums in float32 and one rounding to the dtype, both here and in the definition. A rounded
+        # weight may exceed the decoded one by the step of the table.
+        bound = (torch.finfo(dtype).eps + shape[1] * 2.0**-22) * (1.2 * scale + 1) + 1e-6
+        assert bool(((got.double() - exact).abs() <= bound).all())
+
+
+def test_integers_take_two_kernels_for_any_number_of_rows(launches):
+    q = nb.quantize(torch.randn(24, 512), "nf4", nested=True)
+    for rows in (1, 70):
+        launches()
+        integer._integer_linear_cuda(torch.randn(rows, 512).half(), *q.parts, None, *q.how)
+        names = [launch["kernel"] for launch in launches()]
+        assert names == ["integer_rows_f16", "integer_linear4_f16"]
+    empty = integer._integer_linear_cuda(torch.randn(0, 512), *q.parts, None, *q.how)
+    assert empty.shape == (0, 24)
+    with pytest.raises(FormatError, match="integer codes"):
+        bytes_ = nb.quantize(torch.randn(24, 64), "dynamic8")
+        integer._integer_linear_cuda(torch.randn(2, 64), *bytes_.parts, None, *bytes_.how)
 
 
 def test_many_rows_of_integers_are_multiplied_by_torch(launches):
