@@ -42,11 +42,6 @@ class Backend:
         if not self.fake:
             torch.cuda.synchronize()
 
-    def poison(self, tensor: torch.Tensor) -> None:
-        """Leave what cannot be a result in memory that the next allocation of this size gets."""
-        if not self.fake:
-            torch.full_like(tensor, 0xFF if tensor.dtype == torch.uint8 else torch.nan)
-
 
 def backend(name: str) -> Backend:
     """The backend, with its kernels loaded."""

@@ -93,13 +93,14 @@ def linear(
             does.
         q: Quantized weight [out_features, in_features].
         bias: [out_features], or None.
-        compute: None is exact. "int8" multiplies integers, which is faster: each 256 activations
-            of a row are rounded to signed bytes with one float32 scale, by at most 1/254 of
-            their largest magnitude, and the values of a 4-bit format to multiples of one number.
-            That is exact for int4 and mxfp4; nf4 moves by at most 0.004 and fp4 by at most 0.0053
-            of a block's scale. With int8 weights a whole row of activations has one scale, as in
-            LLM.int8(). A row with a value that is not finite becomes NaN; with int8 weights it
-            is an error. Gradients take the rounding of activations for the identity.
+        compute: None is exact. "int8" multiplies integers, which is faster on a CPU: each 256
+            activations of a row are rounded to signed bytes with one float32 scale, by at most
+            1/254 of their largest magnitude, and the values of a 4-bit format to multiples of
+            one number. That is exact for int4 and mxfp4; nf4 moves by at most 0.004 and fp4 by at
+            most 0.0053 of a block's scale. With int8 weights a whole row of activations has one
+            scale, as in LLM.int8(). A row with a value that is not finite becomes NaN; with int8
+            weights on a CPU it is an error. Gradients take the rounding of activations for the
+            identity.
 
     Returns:
         [..., out_features] in the dtype of `x`. On a CPU codes are exact, scales and sums are
@@ -193,7 +194,7 @@ def pack(codes: torch.Tensor, order: str = "high_first") -> torch.Tensor:
     group = 32 if order == "planar32" else 2
     packed = torch.empty(-(-flat.numel() // group) * group // 2, dtype=torch.uint8)
     _core.pack_codes(memory(flat), order, memory(packed))
-    return packed
+    return packed.to(codes.device)
 
 
 def unpack(packed: torch.Tensor, elements: int, order: str = "high_first") -> torch.Tensor:
@@ -201,7 +202,7 @@ def unpack(packed: torch.Tensor, elements: int, order: str = "high_first") -> to
     flat = _bytes(packed)
     codes = torch.empty(elements, dtype=torch.uint8)
     _core.unpack_codes(memory(flat), order, memory(codes))
-    return codes
+    return codes.to(packed.device)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -90,7 +90,8 @@ def _values(format: str, device: torch.device) -> Tensor:
 def _rounded(x: Tensor) -> Tensor:
     """Activations that were signed bytes with one scale a group, as float32."""
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % GROUP))
-    groups = padded.unflatten(-1, (padded.shape[-1] // GROUP, GROUP))
+    # Not -1 for the groups: with no rows it could be anything.
+    groups = padded.reshape(*x.shape[:-1], padded.shape[-1] // GROUP, GROUP)
     scale = groups.abs().amax(dim=-1, keepdim=True)
     # Not `127 / scale`: torch takes that for 127 times the reciprocal, which rounds twice.
     factor = torch.where(scale > 0, torch.full_like(scale, 127) / scale, torch.zeros_like(scale))

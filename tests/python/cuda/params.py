@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_double, c_float, c_int8, c_uint8, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    c_double,
+    c_float,
+    c_int8,
+    c_uint8,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +149,8 @@ class Int8Linear(Structure):
 
 STRUCTS = (
     Scales, Dequantize4, Encoder4, NonFinite, Quantize4, Dequantize8, Quantize8, Mean, Linear4,
-    Linear8, IntegerRows, IntegerLinear4, RunStats, Compare, Outliers, Int8Flags, Int8Outliers, Int8Rows, Int8Dequantize, Int8Linear,
+    Linear8, IntegerRows, IntegerLinear4, RunStats, Compare, Outliers, Int8Flags, Int8Outliers,
+    Int8Rows, Int8Dequantize, Int8Linear,
 )  # fmt: skip
 
 

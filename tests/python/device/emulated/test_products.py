@@ -179,8 +179,8 @@ def test_integers_take_two_kernels_for_any_number_of_rows(launches):
         assert names == ["integer_rows_f16", "integer_linear4_f16"]
     empty = integer._integer_linear_cuda(torch.randn(0, 512), *q.parts, None, *q.how)
     assert empty.shape == (0, 24)
+    bytes_ = nb.quantize(torch.randn(24, 64), "dynamic8")
     with pytest.raises(FormatError, match="integer codes"):
-        bytes_ = nb.quantize(torch.randn(24, 64), "dynamic8")
         integer._integer_linear_cuda(torch.randn(2, 64), *bytes_.parts, None, *bytes_.how)
 
 
