@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nybble import _core, ops, products, reference
+from nybble.cuda import place
 from nybble.cuda import products as cuda
 from nybble.errors import FormatError
 
@@ -138,14 +139,17 @@ def _integer_linear_cuda(
     format: str,
     blocksize: int,
     shape: Sequence[int],
+    memo: products.Memo | None = None,
 ) -> Tensor:
     if reference.is_row_wise(format):
         return cuda.int8_linear(x, packed, absmax, bias, 0.0)
     ops.check_product(x, shape)
-    weight = (packed, absmax, nested_absmax, nested_offset, bias, format, blocksize, shape)
+    parts, how = (packed, absmax, nested_absmax, nested_offset), (format, blocksize, shape)
     if x.dtype not in ops.FLOATS or x.numel() * shape[0] == 0:
-        return definition(x, *weight)
-    return cuda.integer_linear(x, *weight, GROUP)
+        return definition(x, *parts, bias, *how)
+    described = place.weight(*parts, *how) if memo is None else memo.get(*parts, *how)
+    assert isinstance(described, _core.CudaWeight)  # the weight is there too
+    return cuda.integer_product(described, x, packed, bias, shape, GROUP)
 
 
 if ops.HAS_CUDA:
@@ -211,7 +215,7 @@ def linear(
         result: Tensor = integer_linear(x, *parts, bias, format, blocksize, shape)
         return result
     if not x.is_cpu:
-        return _integer_linear_cuda(x, *parts, bias, format, blocksize, shape)
+        return _integer_linear_cuda(x, *parts, bias, format, blocksize, shape, memo)
     ops.check_product(x, shape)
     prepared = (memo or products.Memo()).get(*parts, format, blocksize, shape)
     assert isinstance(prepared, _core.Prepared)  # the weight is on the CPU too

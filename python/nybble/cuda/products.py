@@ -211,23 +211,21 @@ def int8_linear(
 # --- compute="int8" --------------------------------------------------------------------------
 
 
-def integer_linear(
+def integer_product(
+    weight: _core.CudaWeight,
     x: Tensor,
     packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
     bias: Tensor | None,
-    format: str,
-    blocksize: int,
     shape: Sequence[int],
     group: int,
 ) -> Tensor:
-    """`nybble::integer_linear` for four-bit codes; `group` activations share a scale."""
+    """`x @ weight.T + bias` of integers, for a weight of four-bit codes that was described.
+
+    `group` activations share a scale.
+    """
     n, k = shape
     x = place.aligned(x)
     bias = _contiguous(bias)
-    weight = place.weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
     place.check_together(packed, x, bias)
     rows = math.prod(x.shape[:-1])
     out = x.new_empty((*x.shape[:-1], n))

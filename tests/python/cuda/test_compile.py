@@ -194,3 +194,6 @@ def test_memory_is_read_and_written_in_wide_pieces(
         assert found[f"dequantize4_{dtype}"].count("STG.E.128")
         assert found[f"quantize4_{dtype}"].count("LDG.E.NA.128", "LDG.E.128")
         assert found[f"linear4_gemv_{dtype}"].count("LDG.E.128")
+        assert found[f"linear8_gemv_{dtype}"].count("LDG.E.NA.128", "LDG.E.128") >= 2
+        # Converting integers has fewer units than what stands in for it.
+        assert found[f"linear8_gemv_{dtype}"].count("I2F") == 0

@@ -24,6 +24,13 @@ from strategies import (
 )
 
 
+class OnDevice(products.Memo):
+    """Takes tensors of the CPU for those of the device."""
+
+    def get(self, *weight):
+        return place.weight(*weight)
+
+
 @given(settings_of(), matrices, dtypes, seeds)
 def test_linear_is_dequantize_and_matmul(how, shape, dtype, seed):
     q = nb.quantize(for_format(tensor(shape, dtype, seed), how["format"]), **how)
@@ -177,6 +184,12 @@ def test_integers_take_two_kernels_for_any_number_of_rows(launches):
         integer._integer_linear_cuda(torch.randn(rows, 512).half(), *q.parts, None, *q.how)
         names = [launch["kernel"] for launch in launches()]
         assert names == ["integer_rows_f16", "integer_linear4_f16"]
+    kept = OnDevice()
+    x = torch.randn(3, 512)
+    results = [
+        integer._integer_linear_cuda(x, *q.parts, None, *q.how, memo=m) for m in (kept, None)
+    ]
+    assert torch.equal(*results)
     empty = integer._integer_linear_cuda(torch.randn(0, 512), *q.parts, None, *q.how)
     assert empty.shape == (0, 24)
     bytes_ = nb.quantize(torch.randn(24, 64), "dynamic8")
@@ -210,10 +223,6 @@ def test_a_description_is_made_again_where_the_tensors_have_moved():
 
 @pytest.mark.parametrize("rows", [2, 40])
 def test_gradients_that_autograd_alone_follows_take_the_devices_kernels(rows, launches):
-    class OnDevice(products.Memo):
-        def get(self, *weight):
-            return place.weight(*weight)
-
     q = nb.quantize(torch.randn(48, 128), nested=True)
     x = torch.randn(rows, 128, requires_grad=True)
     bias = torch.randn(48, requires_grad=True)
