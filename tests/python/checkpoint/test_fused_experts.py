@@ -75,6 +75,22 @@ def test_experts_in_one_tensor_load_as_they_were_quantized(tmp_path, format, nes
     assert {layer.format for _, _, _, layer in experts.projections()} == {format}
 
 
+@pytest.mark.parametrize("stored", ["dense", "quantized"])
+@pytest.mark.parametrize("start", ["dense", "quantized"])
+def test_experts_go_to_the_device_that_was_named(tmp_path, stored, start, to_a_device):
+    path = save(qwen(), tmp_path / "source")
+    if stored == "quantized":
+        nb.quantize_checkpoint(path, tmp_path / "out", "nf4", experts=True)
+        path = tmp_path / "out"
+    model = qwen(device="meta")
+    if start == "quantized":
+        nb.quantize_model(model, "nf4")
+    to_a_device(model, path, [].append)
+    assert {str(parameter.device) for parameter in model.parameters()} == {"cuda:0"}
+    experts = model.model.layers[1].mlp.experts
+    assert (type(experts) is Experts4bit) == ("quantized" in (stored, start))
+
+
 def test_dequantizing_gives_the_names_and_shapes_of_the_source(tmp_path):
     source = save(qwen(), tmp_path / "source")
     nb.quantize_checkpoint(source, tmp_path / "out", "nf4", experts=True)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import nybble as nb
-from nybble.checkpoint import open as checkpoints
 from strategies import same_bits
 
 
@@ -57,29 +54,6 @@ def quantized(path: Path) -> Path:
     _, source = dense(path)
     nb.quantize_checkpoint(source, path / "out", "nf4", nested=True)
     return path / "out"
-
-
-@pytest.fixture
-def to_a_device(monkeypatch):
-    """Loads to a device that is not there: its tensors have no memory, but everything else.
-
-    The file is read into real memory; `seen` is told of each value.
-    """
-    read = checkpoints.Checkpoint.__getitem__
-
-    def load(empty: nn.Module, path: Path, seen: Callable[[object], None]) -> None:
-        def real(self, name):
-            seen(None)
-            with unset_fake_temporarily():
-                value = read(self, name)
-            seen(value)
-            return value
-
-        monkeypatch.setattr(checkpoints.Checkpoint, "__getitem__", real)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            nb.load_model(empty, path, device="cuda")
-
-    return load
 
 
 @pytest.mark.parametrize("stored", ["dense", "quantized"])
