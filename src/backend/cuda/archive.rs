@@ -166,6 +166,40 @@ mod tests {
         assert_eq!(archive.entries()[1].arch, 120);
     }
 
+    /// "mov add mov mul " forty times, as `build_kernels.py` packs it.
+    const PACKED: [u8; 31] = [
+        224, 2, 127, 0, 23, 207, 0, 54, 155, 202, 194, 3, 9, 147, 4, 17, 11, 54, 158, 34, 120, 192,
+        247, 86, 95, 44, 176, 89, 192, 0, 0,
+    ];
+
+    /// An archive whose one image has these bytes and this length.
+    fn stored(packed: &[u8], unpacked: u64) -> Vec<u8> {
+        let mut bytes = archive(&[(0, 80, b"")]);
+        bytes.truncate(HEADER + ENTRY);
+        bytes[HEADER + 16..HEADER + 24].copy_from_slice(&(packed.len() as u64).to_le_bytes());
+        bytes[HEADER + 24..].copy_from_slice(&unpacked.to_le_bytes());
+        [bytes, packed.to_vec()].concat()
+    }
+
+    #[test]
+    fn what_python_packs_comes_back_or_is_an_error_where_it_is_damaged() {
+        let unpack = |bytes: &[u8]| {
+            Archive::parse(bytes).and_then(|archive| archive.unpack(archive.entries()[0]))
+        };
+        assert_eq!(unpack(&stored(&PACKED, 640)).unwrap(), b"mov add mov mul ".repeat(40));
+        assert!(unpack(&stored(&PACKED, 639)).is_err());
+        assert!(unpack(&stored(&PACKED, 641)).is_err());
+        for at in 0..PACKED.len() {
+            assert!(unpack(&stored(&PACKED[..at], 640)).is_err(), "cut at {at}");
+            for bit in 0..8 {
+                let mut damaged = PACKED;
+                damaged[at] ^= 1 << bit;
+                // There is no sum to check: other bytes of the right length may come out.
+                assert!(unpack(&stored(&damaged, 640)).map_or(true, |image| image.len() == 640));
+            }
+        }
+    }
+
     #[test]
     fn damaged_archives_are_errors_wherever_the_damage_is() {
         let bytes = archive(&[(0, 80, &[3; 5000]), (1, 80, b"text")]);
