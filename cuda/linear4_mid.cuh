@@ -1,7 +1,7 @@
 // y[m, n] = sum over k of x[m, k] * W[n, k] + bias[n] for more rows of x than linear4_small takes and
 // fewer than a dense product needs to be worth decoding the weight.
 //
-// A thread block has 64 rows of W and 64 tokens. Warps 0 to 3 have 16 rows each and every other step of
+// A thread block has 64 rows of W and up to 64 tokens: fewer where there would be too few blocks. Warps 0 to 3 have 16 rows each and every other step of
 // 64 k, warps 4 to 7 the same rows and the steps between. What a step needs of x is copied to shared
 // memory by the four warps that need it, from registers that were filled a step before; W is read as in
 // linear4_small, decoded once for all tokens, and also loaded a step ahead.
@@ -9,7 +9,6 @@
 #include "linear4_small.cuh"
 
 static constexpr u32 MID_ROWS = 64, MID_TILES = 8, MID_TOKENS = MID_TILES * TOKENS;
-static constexpr u32 MID_COPIES = 16;         // of the table, whose other half shared memory lacks
 static constexpr u32 MID_SHARE = 4 * WARP;    // threads that have the same steps
 static constexpr u32 PIECES = STEP * 2 / 16;  // 16 bytes each, of a token's step
 static constexpr u32 COPIED = MID_TOKENS * PIECES / MID_SHARE; // by a thread
@@ -29,11 +28,12 @@ template <bool HALVES> struct Decoded {
 #pragma unroll
         for (u32 i = 0; i < 16; ++i)
             a[i / 8][i / 4 % 2][i % 4] =
-                values_of<MID_COPIES>(tables.pairs, group.words[i % 2][0][i / 8], i / 4 % 2 * 2 + i % 4 / 2);
+                values_of(tables.pairs, group.words[i % 2][0][i / 8], i / 4 % 2 * 2 + i % 4 / 2);
 #pragma unroll
         for (u32 r = 0; r < 2; ++r)
 #pragma unroll
-            for (u32 h = 0; h < (HALVES ? 2 : 1); ++h) scales[r][h] = group.scale(tables, r, h);
+            for (u32 h = 0; h < (HALVES ? 2 : 1); ++h)
+                scales[r][h] = FORM == EXPONENTS ? e8m0_decode(group.stored[r][h]) : group.scale(tables, r, h);
     }
 };
 
@@ -68,11 +68,11 @@ DEVICE void multiply_tokens(float sums[MID_TILES][4], const Decoded<HALVES> &ste
 
 // The warp's share of 16 rows from n0 on times tokens from m0 on. `x` has room for those of a step.
 template <class T, Form FORM, bool HALVES>
-DEVICE void sum_tokens(float sums[MID_TILES][4], const Linear4 &p, const Tables &tables, Words4 *x, u64 n0, u64 m0) {
+DEVICE void sum_tokens(float sums[MID_TILES][4], const Linear4 &p, const u32 *pairs, Words4 *x, u64 n0, u64 m0) {
     const u32 steps = u32(p.k / STEP), thread = threadIdx.x % MID_SHARE;
     const Rows rows = rows_of<FORM, HALVES>(p, n0, lane_of_warp(), steps);
     // Tokens beyond the last are not copied; what they give is not stored.
-    const u32 tokens = opaque(p.m - m0 < MID_TOKENS ? u32(p.m - m0) : MID_TOKENS);
+    const u32 tokens = opaque(p.m - m0 < p.tokens ? u32(p.m - m0) : p.tokens);
     const u32 token = thread / PIECES, piece = thread % PIECES;
     u32 at = threadIdx.x / MID_SHARE;
     const T *from = global<T>(p.x) + (m0 + token) * p.k + piece * 8 + at * STEP;
@@ -86,7 +86,9 @@ DEVICE void sum_tokens(float sums[MID_TILES][4], const Linear4 &p, const Tables 
         pieces[h] = x + place_of<HALVES>(lane / 4, HALVES ? lane % 4 + 4 * h : lane % 4 * 2 + h);
     Group<FORM, HALVES, 1> group = {};
     Words4 ahead[COPIED] = {};
-    const auto fetch = [&] {
+    // Nested scales of blocks of 32 leave no registers for x; its steps are waited for.
+    constexpr bool X_AHEAD = FORM != NESTED || !HALVES;
+    const auto fetch_x = [&] {
         const T *next = from;
 #pragma unroll
         for (u32 i = 0; i < COPIED; ++i) {
@@ -94,12 +96,20 @@ DEVICE void sum_tokens(float sums[MID_TILES][4], const Linear4 &p, const Tables 
             next += between;
         }
         from += 2 * STEP;
+    };
+    const auto fetch = [&] {
+        if (at >= steps) return;
+        if (X_AHEAD) fetch_x();
         group.load(p, rows, at);
     };
-    if (at < steps) fetch();
+    fetch();
     // All warps go on together, whether there is a step left for them or not.
 #pragma unroll 1
     for (u32 first = 0; first < steps; first += 2) {
+        const bool mine = at < steps;
+        // Read in each step, from the first-level cache: a register less.
+        const Tables tables = {pairs, p.scales.codebook, FORM == NESTED ? *global<float>(p.scales.offset) : 0.0f};
+        if (!X_AHEAD && mine) fetch_x();
         __syncthreads(); // all have multiplied the step before
 #pragma unroll
         for (u32 i = 0; i < COPIED; ++i)
@@ -107,41 +117,37 @@ DEVICE void sum_tokens(float sums[MID_TILES][4], const Linear4 &p, const Tables 
         __syncthreads();
         Decoded<HALVES> step;
         step.take(group, tables);
-        const bool mine = at < steps;
         at += 2;
-        if (at < steps) fetch();
+        fetch();
         if (mine) multiply_tokens<T>(sums, step, pieces, tokens);
     }
 }
 
 template <class T> DEVICE void linear4_mid(const Linear4 &p) {
-    // One array, so that the table is at its start: its addresses are put together from bits.
-    SHARED(Words4, memory, (256 * MID_COPIES + 256) / 4 + 2 * MID_TOKENS * PIECES);
+    // One array, with the table at its start: addresses in it are put together from bits. Together it is
+    // all that a kernel may have without asking, so scales are looked up elsewhere.
+    SHARED(Words4, memory, 256 * WARP / 4 + 2 * MID_TOKENS * PIECES);
     u32 *pairs = reinterpret_cast<u32 *>(memory);
-    float *scales = reinterpret_cast<float *>(pairs + 256 * MID_COPIES);
-    Words4 *x = memory + (256 * MID_COPIES + 256) / 4;
-    fill_pairs<T, MID_COPIES>(pairs, p.values);
-    const u32 code = threadIdx.x;
-    if (!p.scales.absmax) scales[code] = p.scales.codebook ? p.scales.codebook[code] : e8m0_decode(code);
-    const Tables tables = {pairs, scales, p.scales.offset ? *p.scales.offset : 0.0f};
+    Words4 *x = memory + 256 * WARP / 4;
+    fill_pairs<T>(pairs, p.values);
     const bool halves = p.scales.log2_blocksize == 5;
     const u32 lane = lane_of_warp(), share = threadIdx.x / MID_SHARE, thread = threadIdx.x % MID_SHARE;
     Words4 *mine = x + share * MID_TOKENS * PIECES;
     float *partial = reinterpret_cast<float *>(x);
 #pragma unroll 1
-    for (u64 m0 = u64(blockIdx.y) * MID_TOKENS; m0 < p.m; m0 += u64(gridDim.y) * MID_TOKENS) {
+    for (u64 m0 = u64(blockIdx.y) * p.tokens; m0 < p.m; m0 += u64(gridDim.y) * p.tokens) {
 #pragma unroll 1
         for (u64 n0 = u64(blockIdx.x) * MID_ROWS; n0 < p.n; n0 += u64(gridDim.x) * MID_ROWS) {
             const u64 row = n0 + thread / WARP * ROWS;
             float sums[MID_TILES][4] = {};
             if (p.scales.absmax)
-                halves ? sum_tokens<T, PLAIN, true>(sums, p, tables, mine, row, m0)
-                       : sum_tokens<T, PLAIN, false>(sums, p, tables, mine, row, m0);
+                halves ? sum_tokens<T, PLAIN, true>(sums, p, pairs, mine, row, m0)
+                       : sum_tokens<T, PLAIN, false>(sums, p, pairs, mine, row, m0);
             else if (p.scales.codebook)
-                halves ? sum_tokens<T, NESTED, true>(sums, p, tables, mine, row, m0)
-                       : sum_tokens<T, NESTED, false>(sums, p, tables, mine, row, m0);
+                halves ? sum_tokens<T, NESTED, true>(sums, p, pairs, mine, row, m0)
+                       : sum_tokens<T, NESTED, false>(sums, p, pairs, mine, row, m0);
             else
-                sum_tokens<T, EXPONENTS, true>(sums, p, tables, mine, row, m0);
+                sum_tokens<T, EXPONENTS, true>(sums, p, pairs, mine, row, m0);
             // The second half of the warps hands over what it has.
             __syncthreads();
 #pragma unroll
@@ -150,8 +156,9 @@ template <class T> DEVICE void linear4_mid(const Linear4 &p) {
             __syncthreads();
 #pragma unroll
             for (u32 i = 0; i < 4 * MID_TILES; ++i) {
-                const u64 m = m0 + i / 4 * TOKENS + lane % 4 * 2 + i % 2, n = row + lane / 4 + i % 4 / 2 * 8;
-                if (share == 1 || m >= p.m || n >= p.n) continue;
+                const u32 token = i / 4 * TOKENS + lane % 4 * 2 + i % 2;
+                const u64 m = m0 + token, n = row + lane / 4 + i % 4 / 2 * 8;
+                if (share == 1 || token >= p.tokens || m >= p.m || n >= p.n) continue;
                 float sum = sums[i / 4][i % 4] + partial[i * MID_SHARE + thread];
                 if (p.bias) sum += load_as(p.bias, n, p.bias_dtype);
                 static_cast<T *>(p.y)[m * p.n + n] = narrow<T>(sum);

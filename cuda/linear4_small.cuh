@@ -41,8 +41,8 @@ struct Tables {
 template <Form FORM, bool HALVES, u32 STEPS> struct Group {
     static constexpr u32 SCALES = HALVES ? 2 * STEPS : STEPS;
     u32 words[2][STEPS][2];
-    u32 stored[2][SCALES];   // bits of scales, or their codes
-    float nested[2][SCALES]; // what nested ones are multiplied by
+    u32 stored[2][SCALES];  // bits of scales, or their codes
+    float nested[2][STEPS]; // what nested ones are multiplied by; a step's two are of one group
 
     METHOD void load(const Linear4 &p, const Rows &rows, u32 first) {
 #pragma unroll
@@ -63,9 +63,9 @@ template <Form FORM, bool HALVES, u32 STEPS> struct Group {
             for (u32 i = 0; i < SCALES; ++i) {
                 const u32 block = HALVES ? 2 * first + i : (rows.within[r] + first + i) >> (p.scales.log2_blocksize - 6);
                 stored[r][i] = FORM == PLAIN ? __float_as_uint(rows.absmax[r][block]) : rows.codes[r][block];
-                if constexpr (FORM == NESTED) {
+                if (FORM == NESTED && (!HALVES || i % 2 == 0)) {
                     const u32 group = (rows.within_nested[r] + block) >> p.scales.log2_nested_blocksize;
-                    nested[r][i] = rows.nested[r][group];
+                    nested[r][HALVES ? i / 2 : i] = rows.nested[r][group];
                 }
             }
         }
@@ -75,7 +75,7 @@ template <Form FORM, bool HALVES, u32 STEPS> struct Group {
     METHOD float scale(const Tables &tables, u32 r, u32 i) const {
         if constexpr (FORM == PLAIN) return __uint_as_float(stored[r][i]);
         const float value = tables.scales[stored[r][i]];
-        return FORM == NESTED ? value * nested[r][i] + tables.offset : value;
+        return FORM == NESTED ? value * nested[r][HALVES ? i / 2 : i] + tables.offset : value;
     }
 };
 
@@ -84,11 +84,10 @@ template <Form FORM, bool HALVES, u32 STEPS> struct Group {
 template <bool HALVES> DEVICE u32 lane_offset(u32 lane) { return lane % 4 * (HALVES ? 8 : 16); }
 
 // The two values of a byte of the word, from the lane's own copy: table and lane are joined to the
-// address by bits, which costs nothing. With half as many copies two lanes share one.
-template <u32 COPIES = WARP> DEVICE u32 values_of(const u32 *pairs, u32 word, u32 byte) {
-    constexpr u32 BITS = COPIES == WARP ? 7 : 6; // of what is between two bytes' words
-    const u32 shifted = 8 * byte > BITS ? word >> (8 * byte - BITS) : word << (BITS - 8 * byte);
-    const u32 offset = masked_or(shifted, 255u << BITS, lane_of_warp() % COPIES * 4);
+// address by bits, which costs nothing.
+DEVICE u32 values_of(const u32 *pairs, u32 word, u32 byte) {
+    const u32 shifted = byte ? word >> (8 * byte - 7) : word << 7;
+    const u32 offset = masked_or(shifted, 255u << 7, lane_of_warp() * 4);
     return *reinterpret_cast<const u32 *>(reinterpret_cast<const char *>(pairs) + offset);
 }
 
@@ -129,12 +128,11 @@ DEVICE void multiply(float sums[TILES][4], const Group<FORM, HALVES, STEPS> &gro
     }
 }
 
-// Pairs of values for every byte, some copies each: copy l of byte b is word COPIES b + l.
-template <class T, u32 COPIES = WARP> DEVICE void fill_pairs(u32 *pairs, const float *values) {
+// Pairs of values for every byte, 32 copies each: copy l of byte b is word 32 b + l.
+template <class T> DEVICE void fill_pairs(u32 *pairs, const float *values) {
     const u32 byte = threadIdx.x, both = pair<T>(values[byte >> 4], values[byte & 15u]);
     // Eight neighbouring threads write to different banks.
-    for (u32 i = 0; i < COPIES / 4; ++i)
-        store(pairs + byte * COPIES + 4 * ((i + byte * COPIES / WARP) % (COPIES / 4)), Words4{{both, both, both, both}});
+    for (u32 i = 0; i < 8; ++i) store(pairs + byte * WARP + 4 * ((i + byte) % 8), Words4{{both, both, both, both}});
 }
 
 // Adds up what the warps have and writes the outputs of 16 rows and 8 tokens.

@@ -110,10 +110,10 @@ typedef struct {
     u64 n;
 } Mean;
 
-// linear4_small{8,16,32}_{f16,bf16}, linear4_gemv_{f32,f16,bf16}: y = x W^T + bias.
-// The small ones use tensor cores: K a multiple of 64, M up to the number in the name.
+// linear4_small{8,16,32}_{f16,bf16}, linear4_mid_{f16,bf16}, linear4_gemv_{f32,f16,bf16}:
+// y = x W^T + bias. The first two use tensor cores: K a multiple of 64, M up to the number in the name.
 typedef struct {
-    const void *x;    // [M, K], rows contiguous; small: 16-byte aligned
+    const void *x;    // [M, K], rows contiguous; small and mid: 16-byte aligned
     const u8 *packed; // [N, K] flat, two codes a byte, first high; 16-byte aligned
     const void *bias; // [N] of bias_dtype, or null
     void *y;          // [M, N]
@@ -121,7 +121,7 @@ typedef struct {
     Scales scales;
     float values[16];
     u32 bias_dtype; // DTYPE_*
-    u32 padding;
+    u32 tokens;     // of a thread block of linear4_mid: a multiple of 8 up to 64
 } Linear4;
 
 // linear8_gemv_{f32,f16,bf16}: y = x W^T + bias for a weight of byte codes: of a codebook, with a

@@ -121,7 +121,7 @@ params! {
         scales: Scales,
         values: [f32; 16],
         bias_dtype: u32,
-        padding: u32,
+        tokens: u32,
     }
     /// Multiplies with a weight of byte codes.
     struct Linear8 {

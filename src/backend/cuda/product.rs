@@ -18,7 +18,7 @@ use crate::pack::check_len;
 
 /// Kernels on tensor cores, and the most rows of activations for which each is taken.
 static SMALL: [(u64, &Family<params::Linear4>); 4] =
-    [(8, &LINEAR4_SMALL8), (16, &LINEAR4_SMALL16), (32, &LINEAR4_SMALL32), (128, &LINEAR4_MID)];
+    [(8, &LINEAR4_SMALL8), (16, &LINEAR4_SMALL16), (32, &LINEAR4_SMALL32), (64, &LINEAR4_MID)];
 
 /// The most rows of activations that a block of threads of the others has, which is all of them.
 /// Those of [`LINEAR4_MID`] are shared out.
@@ -30,6 +30,17 @@ const GEMV_ROWS: u64 = 8;
 /// Rows of the weight, and rows of activations, of a block of threads.
 const SMALL_EACH: u64 = 16;
 const MID_EACH: u64 = 64;
+
+/// Blocks of threads that give each multiprocessor of a large device one.
+const ENOUGH_BLOCKS: u64 = 128;
+/// Rows of activations of a block of [`LINEAR4_MID`], which has at most the first and, where that
+/// gives too few blocks, less.
+const MID_ROWS: [u64; 3] = [64, 32, 16];
+
+fn mid_rows(m: u64, n: u64) -> u64 {
+    let enough = |each: &&u64| n.div_ceil(MID_EACH) * m.div_ceil(**each) >= ENOUGH_BLOCKS;
+    MID_ROWS.iter().find(enough).copied().unwrap_or(MID_ROWS[2])
+}
 const GEMV_EACH: u64 = 8;
 const GEMV_ROWS_EACH: u64 = 4;
 
@@ -131,12 +142,12 @@ impl Cuda {
             scales: q.scales_of_blocks()?,
             values: book.values,
             bias_dtype,
-            padding: 0,
+            tokens: mid_rows(m, n) as u32,
         };
         let small = small(m, k, T::DTYPE, self.capability());
         if let Some(family) = small.filter(|_| x.wide("x").is_ok()) {
             let grid = if m > SMALL_MOST {
-                Grid::plane((n, MID_EACH), (m, MID_EACH))
+                Grid::plane((n, MID_EACH), (m, u64::from(params.tokens)))
             } else {
                 Grid::line(n, SMALL_EACH)
             };
@@ -178,12 +189,21 @@ mod tests {
     #[test]
     fn tensor_cores_take_whole_tiles_of_what_they_multiply() {
         let most = |k, dtype, capability| most_rows(Format::Nf4, k, dtype, capability);
-        assert_eq!(most(4096, Dtype::BF16, 90), 128);
+        assert_eq!(most(4096, Dtype::BF16, 90), 64);
         assert_eq!(most(4096, Dtype::BF16, 75), GEMV_ROWS);
-        assert_eq!(most(4096, Dtype::F16, 75), 128);
+        assert_eq!(most(4096, Dtype::F16, 75), 64);
         assert_eq!(most(4096, Dtype::F32, 90), GEMV_ROWS);
         assert_eq!(most(4100, Dtype::F16, 90), GEMV_ROWS);
         assert_eq!(most_rows(Format::Int8, 64, Dtype::F16, 90), GEMV_ROWS);
         assert_eq!(most_rows(Format::Bf16, 64, Dtype::F16, 90), 0);
+    }
+
+    #[test]
+    fn narrow_weights_are_shared_out_by_rows_of_activations() {
+        assert_eq!(mid_rows(64, 14_336), 64);
+        assert_eq!(mid_rows(33, 8192), 64);
+        assert_eq!(mid_rows(64, 4096), 32);
+        assert_eq!(mid_rows(64, 1024), 16);
+        assert_eq!(mid_rows(64, u64::MAX / 64), 64);
     }
 }

@@ -143,6 +143,7 @@ def linear(run: Any, kernel: str, name: str, size: int) -> None:
                 k=k,
                 scales=scales(blocks, blocksize, kind),
                 bias_dtype=1,
+                tokens=16 if blocksize == 64 else 64,
             )
             run(f"{kernel}_{name}", params, 2)
 

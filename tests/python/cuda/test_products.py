@@ -26,19 +26,24 @@ four_bit = st.sampled_from(FOUR_BIT).flatmap(
 
 
 def linear4(
-    emulator: Emulator, kernel: str, x: torch.Tensor, q: nb.QTensor, bias: torch.Tensor | None
+    emulator: Emulator,
+    kernel: str,
+    x: torch.Tensor,
+    q: nb.QTensor,
+    bias: torch.Tensor | None,
+    tokens: int = 64,
 ) -> torch.Tensor:
     (m, k), n = x.shape, q.shape[0]
     y = poisoned((m, n), x.dtype)
     scales, kept = scales_of(q)
     params = Linear4(
         x=at(x), packed=at(q.packed), bias=at(bias), y=at(y), m=m, n=n, k=k, scales=scales,
-        bias_dtype=0 if bias is None else CODES[bias.dtype],
+        bias_dtype=0 if bias is None else CODES[bias.dtype], tokens=tokens,
     )  # fmt: skip
     params.values[:] = values_of(q.format)
     name = f"{kernel}_{NAMES[x.dtype]}"
     if "mid" in kernel:
-        emulator.launch(name, params, pieces(n, 64), grid_y=pieces(m, 64, 2))
+        emulator.launch(name, params, pieces(n, 64), grid_y=pieces(m, tokens, 2))
     elif "small" in kernel:
         emulator.launch(name, params, pieces(n, 16))
     else:
@@ -120,14 +125,14 @@ def test_few_tokens_on_tensor_cores(
     m=st.integers(1, 140), n=st.integers(1, 150), steps=st.integers(1, 9),
     dtype=st.sampled_from(HALVES), seed=seeds,
     kind=st.sampled_from(["normal", "constant", "zero", "steps"]), how=four_bit,
-    bias=st.sampled_from([None, *NAMES]),
+    bias=st.sampled_from([None, *NAMES]), tokens=st.sampled_from([8, 16, 32, 64]),
 )  # fmt: skip
 def test_more_tokens_on_tensor_cores(
     emulator: Emulator, m: int, n: int, steps: int, dtype: torch.dtype, seed: int, kind: str,
-    how: Any, bias: Any,
+    how: Any, bias: Any, tokens: int,
 ) -> None:  # fmt: skip
     x, q, addend = operands(m, n, 64 * steps, dtype, seed, kind, how, bias)
-    y = linear4(emulator, "linear4_mid", x, q, addend)
+    y = linear4(emulator, "linear4_mid", x, q, addend, tokens)
     assert_close(y, x, q, addend, half_unit(dtype))
 
 
