@@ -41,8 +41,8 @@ struct Tables {
 template <Form FORM, bool HALVES, u32 STEPS> struct Group {
     static constexpr u32 SCALES = HALVES ? 2 * STEPS : STEPS;
     u32 words[2][STEPS][2];
-    u32 stored[2][SCALES];  // bits of scales, or their codes
-    float nested[2][STEPS]; // what nested ones are multiplied by; a step's two are of one group
+    u32 stored[2][SCALES];   // bits of scales, or their codes
+    float nested[2][SCALES]; // what nested ones are multiplied by
 
     METHOD void load(const Linear4 &p, const Rows &rows, u32 first) {
 #pragma unroll
@@ -63,9 +63,9 @@ template <Form FORM, bool HALVES, u32 STEPS> struct Group {
             for (u32 i = 0; i < SCALES; ++i) {
                 const u32 block = HALVES ? 2 * first + i : (rows.within[r] + first + i) >> (p.scales.log2_blocksize - 6);
                 stored[r][i] = FORM == PLAIN ? __float_as_uint(rows.absmax[r][block]) : rows.codes[r][block];
-                if (FORM == NESTED && (!HALVES || i % 2 == 0)) {
+                if constexpr (FORM == NESTED) {
                     const u32 group = (rows.within_nested[r] + block) >> p.scales.log2_nested_blocksize;
-                    nested[r][HALVES ? i / 2 : i] = rows.nested[r][group];
+                    nested[r][i] = rows.nested[r][group];
                 }
             }
         }
@@ -75,7 +75,7 @@ template <Form FORM, bool HALVES, u32 STEPS> struct Group {
     METHOD float scale(const Tables &tables, u32 r, u32 i) const {
         if constexpr (FORM == PLAIN) return __uint_as_float(stored[r][i]);
         const float value = tables.scales[stored[r][i]];
-        return FORM == NESTED ? value * nested[r][HALVES ? i / 2 : i] + tables.offset : value;
+        return FORM == NESTED ? value * nested[r][i] + tables.offset : value;
     }
 };
 
