@@ -79,8 +79,9 @@ impl Sums {
     }
 }
 
-/// About as many elements are summed up, in whole blocks, before the sums are merged with those
-/// of others. Sums in f64 depend on it.
+/// Elements of one run: a multiple of every block size, small enough for the second-level cache.
+/// About as many are summed up before the sums are merged with those of others; sums in f64 depend
+/// on it.
 pub const RUN: usize = 64 * 1024;
 
 impl Default for Stats {

@@ -30,9 +30,7 @@ pub use kernels::{Isa, Kernels, Lanes};
 pub use quantize::{Found, Quantizer};
 
 use crate::error::Result;
-
-/// Elements of one run: a multiple of every block size, small enough for the second-level cache.
-const RUN: usize = 64 * 1024;
+use crate::quant::stats::RUN;
 
 /// The CPU backend.
 #[derive(Clone, Copy, Debug)]

@@ -113,11 +113,19 @@ def test_progress_reaches_the_end_and_an_exception_ends_the_work(
 def test_ctrl_c_ends_the_work_and_leaves_nothing(tmp_path: Path) -> None:
     big = torch.randn(4096, 4096, dtype=torch.bfloat16)
     source = model_at(tmp_path / "source", **{f"layer{i}.weight": big.clone() for i in range(8)})
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+    begun = threading.Event()
+
+    def interrupt() -> None:
+        begun.wait(30)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    other = threading.Thread(target=interrupt)
+    other.start()
     with pytest.raises(KeyboardInterrupt):
-        nb.quantize_checkpoint(source, tmp_path / "out", threads=1)
-    timer.join()
+        nb.quantize_checkpoint(
+            source, tmp_path / "out", threads=1, on_progress=lambda *_: begun.set()
+        )
+    other.join()
     assert left(tmp_path) == []
 
 
