@@ -5,8 +5,8 @@ use super::dot::Dot;
 use super::job::Eight;
 use super::rows::{INVERSE_SQUARE, outlier};
 use crate::backend::cpu::Lanes;
-use crate::backend::cpu::aligned::{Aligned, LINE};
-use crate::backend::cpu::product::Out;
+use crate::backend::cpu::aligned::Aligned;
+use crate::backend::cpu::product::{Ahead, Out, Steps};
 
 /// Columns of a panel.
 const DEPTH: usize = 1024;
@@ -14,62 +14,16 @@ const DEPTH: usize = 1024;
 /// Rows of activations that one call takes; what they need of the cache at a depth is half of it.
 pub const TOKENS: usize = 512;
 
-/// The piece of the weight that is decoded next, fetched into the second-level cache bit by bit
-/// while the one at hand is multiplied: rows are read in short pieces, which the processor does not
-/// foresee, and many fetches at once would leave no room for others.
-struct Next<'a> {
-    weight: &'a [u8],
-    row_bytes: usize,
-    /// The byte of its row, and where in a row the piece ends.
-    at: usize,
-    start: usize,
+/// What is decoded next: rows are read in short pieces, which the processor does not foresee. That
+/// is what lies behind the columns up to byte `end` of `rows` rows from `row` on.
+fn behind<'a>(
+    (weight, row_bytes): (&'a [u8], usize),
+    (row, rows): (usize, usize),
     end: usize,
-    /// Rows that are left, the first of them at `row`.
-    row: usize,
-    rows: usize,
-    /// Lines of a step.
-    each: usize,
-}
-
-impl<'a> Next<'a> {
-    /// What follows the columns up to byte `end` of `rows` rows from `row` on, in so many steps.
-    fn new(
-        (weight, row_bytes): (&'a [u8], usize),
-        (row, rows): (usize, usize),
-        end: usize,
-        depth: usize,
-        steps: usize,
-    ) -> Self {
-        let (row, start) = if end < row_bytes { (row, end) } else { (row + rows, 0) };
-        let rows = rows.min((weight.len() / row_bytes).saturating_sub(row));
-        let end = (start + depth).min(row_bytes);
-        let lines = rows * (end - start).div_ceil(LINE);
-        Self {
-            weight,
-            row_bytes,
-            at: start,
-            start,
-            end,
-            row,
-            rows,
-            each: lines.div_ceil(steps.max(1)),
-        }
-    }
-
-    /// Fetches the next lines.
-    #[inline(always)]
-    fn fetch<D: Dot>(&mut self, d: D) {
-        for _ in 0..self.each {
-            if self.rows == 0 {
-                return;
-            }
-            d.prefetch_far(self.weight.as_ptr().wrapping_add(self.row * self.row_bytes + self.at));
-            self.at += LINE;
-            if self.at >= self.end {
-                (self.at, self.row, self.rows) = (self.start, self.row + 1, self.rows - 1);
-            }
-        }
-    }
+) -> Ahead<'a> {
+    let (row, start) = if end < row_bytes { (row, end) } else { (row + rows, 0) };
+    let width = DEPTH.min(row_bytes - start);
+    Ahead::new((weight, row_bytes), (row, rows), (start, width), &[])
 }
 
 /// The most rows of a panel.
@@ -158,7 +112,7 @@ fn tile_eight<D: Dot, const M: usize>(
     token: usize,
     panel: &[u8],
     sums: &mut [i32],
-    next: &mut Next<'_>,
+    next: &mut Steps<'_>,
 ) {
     let (x, rows) = (&job.x, 2 * D::LANES);
     assert!(panel.len() >= length * rows && sums.len() >= M * rows && length.is_multiple_of(4));
@@ -235,7 +189,7 @@ pub fn eight<D: Dot, T: Lanes>(
         let at = (start, (end - start).next_multiple_of(4));
         let steps = tokens.div_ceil(D::TILE) * (end - start) / 16;
         let bytes = (bytemuck::cast_slice(job.weight), job.columns);
-        let mut next = Next::new(bytes, (row, rows), end, DEPTH, steps);
+        let mut next = behind(bytes, (row, rows), end).steps(steps);
         tiles!(tile_eight::<D>, tokens, |token, m| (
             d,
             job,

@@ -2,7 +2,7 @@
 //!
 //! Many fetches at once would leave no room for those of the work at hand.
 
-use super::lanes::Dot;
+use super::lanes::Vector;
 use crate::backend::cpu::aligned::LINE;
 
 /// Bytes of a weight that are on their way from memory while few rows are multiplied with it.
@@ -73,9 +73,9 @@ pub struct Steps<'a> {
 impl Steps<'_> {
     /// Fetches the next lines.
     #[inline(always)]
-    pub fn fetch<D: Dot>(&mut self, d: D) {
+    pub fn fetch<V: Vector>(&mut self, v: V) {
         for _ in 0..self.each.min(self.lines) {
-            d.prefetch_far(self.row.wrapping_add(self.at));
+            v.prefetch_far(self.row.wrapping_add(self.at));
             self.at += LINE;
             if self.at >= self.width {
                 (self.row, self.at) = (self.row.wrapping_add(self.row_bytes), 0);
@@ -85,7 +85,7 @@ impl Steps<'_> {
         if !self.scales.is_empty() {
             let (now, later) = self.scales.split_at(self.each_scales.min(self.scales.len()));
             for line in now.chunks(LINE) {
-                d.prefetch_far(line.as_ptr());
+                v.prefetch_far(line.as_ptr());
             }
             self.scales = later;
         }

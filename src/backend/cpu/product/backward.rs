@@ -2,8 +2,8 @@
 //!
 //! For few rows of gradients the codes are decoded in registers, and each thread walks down rows of
 //! its own. For more, threads take stretches of columns, so that no two of them add to one sum, and
-//! as many columns as a panel has lanes make a panel whose units run down the rows. Weights without whole blocks of four-bit codes are decoded into
-//! memory first.
+//! as many columns as a panel has lanes make a panel whose units run down the rows. Weights without
+//! whole blocks of four-bit codes are decoded into memory first.
 
 use std::ops::Range;
 

@@ -137,7 +137,8 @@ impl Dot for Avx512Ext {
     fn scaled(self, values: Self::Values, _: Self::F) -> Self::Values {
         values
     }
-    /// 512 products take longer than to decode once; below, codes are decoded for each tile.
+    /// From about here on to decode a panel once takes less time than to scale the sums of each
+    /// segment; measured at 64, 256 and 512 rows.
     const ROUNDED_FROM: usize = 256;
     #[inline(always)]
     fn rounded(self, values: &[f32; 16], words: __m512i, scales: __m512) -> __m512bh {

@@ -34,7 +34,7 @@ mod tiles;
 
 use std::ops::Range;
 
-pub(super) use self::ahead::AHEAD;
+pub(super) use self::ahead::{AHEAD, Ahead, Steps};
 use self::bytes::Bytes;
 use self::engine::Engine;
 use self::few::{FEW, Few};
