@@ -16,11 +16,11 @@ pub const TOKENS: usize = 512;
 
 /// What is decoded next: rows are read in short pieces, which the processor does not foresee. That
 /// is what lies behind the columns up to byte `end` of `rows` rows from `row` on.
-fn behind<'a>(
-    (weight, row_bytes): (&'a [u8], usize),
+fn behind(
+    (weight, row_bytes): (&[u8], usize),
     (row, rows): (usize, usize),
     end: usize,
-) -> Ahead<'a> {
+) -> Ahead<'_> {
     let (row, start) = if end < row_bytes { (row, end) } else { (row + rows, 0) };
     let width = DEPTH.min(row_bytes - start);
     Ahead::new((weight, row_bytes), (row, rows), (start, width), &[])
