@@ -183,6 +183,34 @@ template <class T> DEVICE void store(void *address, const T &value) {
 #endif
 }
 
+// Sixteen bytes from global to shared memory, which the hardware copies while the thread goes on. Copies
+// since the last `copies_begun` are there after `copies_done`, for the thread that asked for them; a
+// barrier shows them to others. 7.5 has no such copies, and the thread makes them itself.
+DEVICE void copy16(void *shared, const void *address) {
+#ifdef NYBBLE_EMULATOR
+    emulator::copy_later(shared, address);
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(shared))), "l"(address)
+                 : "memory");
+#else
+    store(shared, load<Words4>(address));
+#endif
+}
+
+DEVICE void copies_begun() {
+#if !defined(NYBBLE_EMULATOR) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+DEVICE void copies_done() {
+#ifdef NYBBLE_EMULATOR
+    emulator::copies_done();
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // The same number, of which the compiler knows nothing: what follows from it is computed where it is
 // needed instead of being kept in registers through a loop.
 DEVICE u32 opaque(u32 x) {

@@ -111,7 +111,7 @@ typedef struct {
 } Mean;
 
 // linear4_small{8,16,32}_{f16,bf16}, linear4_mid_{f16,bf16}, linear4_gemv_{f32,f16,bf16}:
-// y = x W^T + bias. The first two use tensor cores: K a multiple of 64, M up to the number in the name.
+// y = x W^T + bias. The first two use tensor cores: K a multiple of 64, above 0, M up to the number in the name.
 typedef struct {
     const void *x;    // [M, K], rows contiguous; small and mid: 16-byte aligned
     const u8 *packed; // [N, K] flat, two codes a byte, first high; 16-byte aligned
@@ -121,7 +121,10 @@ typedef struct {
     Scales scales;
     float values[16];
     u32 bias_dtype; // DTYPE_*
-    u32 tokens;     // of a thread block of linear4_mid: a multiple of 8 up to 64
+    // Of a thread block of linear4_mid: a multiple of 16 up to 128, and 128 rows of W; or up to 32, and 64.
+    u32 tokens;
+    u32 rows;
+    u32 padding;
 } Linear4;
 
 // linear8_gemv_{f32,f16,bf16}: y = x W^T + bias for a weight of byte codes: of a codebook, with a

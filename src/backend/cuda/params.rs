@@ -122,6 +122,8 @@ params! {
         values: [f32; 16],
         bias_dtype: u32,
         tokens: u32,
+        rows: u32,
+        padding: u32,
     }
     /// Multiplies with a weight of byte codes.
     struct Linear8 {

@@ -34,6 +34,26 @@ DEVICE void out_of_bounds(const Broken &p) { p.x[threadIdx.x + 1] = 1.0f; }
 // Sixteen bytes from an address that is a multiple of four only.
 DEVICE void misaligned(const Broken &p) { p.x[0] = float(load<Words4>(p.x + 1).word[0]); }
 
+// Sixteen bytes a lane that are read before they are waited for.
+DEVICE void early_read(const Broken &p) {
+    SHARED(Words4, all, 8);
+    if (threadIdx.x < 8) copy16(all + threadIdx.x, p.x + 4 * threadIdx.x);
+    copies_begun();
+    __syncthreads();
+    const float x = reinterpret_cast<const float *>(all)[threadIdx.x];
+    copies_done();
+    p.x[threadIdx.x] = x;
+}
+
+// Copies that nobody waits for.
+DEVICE void forgotten_copy(const Broken &p) {
+    SHARED(Words4, all, 8);
+    if (threadIdx.x < 8) copy16(all + threadIdx.x, p.x + 4 * threadIdx.x);
+    copies_begun();
+}
+
+KERNEL(broken_early, Broken, 32, early_read(p))
+KERNEL(broken_forgotten, Broken, 32, forgotten_copy(p))
 KERNEL(broken_barrier, Broken, 32, divergent_barrier(p))
 KERNEL(broken_shuffle, Broken, 32, divergent_shuffle(p))
 KERNEL(broken_order, Broken, 64, missing_barrier(p))

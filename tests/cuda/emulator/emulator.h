@@ -2,7 +2,7 @@
 //
 // What a kernel may do here is what kernels of this project may do at all: barriers that every
 // thread of a block or warp reaches, shuffles of whole warps, aligned vector accesses, tensor-core
-// products. What breaks these rules ends the process with a message. Each block begins with shared
+// products, copies that are waited for. What breaks these rules ends the process with a message. Each block begins with shared
 // memory full of 0xff (NaN), so a value that nobody stored is noticed. Orders of threads can be
 // shuffled: results that change with the order show a missing barrier.
 // Not modelled: weak memory order, bank conflicts, blocks that run at the same time.
@@ -38,8 +38,16 @@ struct Warp {
     int lines[2][WARP];
 };
 
+// A copy to shared memory that the hardware makes while its thread goes on.
+struct Copy {
+    void *to;
+    const void *from;
+};
+constexpr size_t COPIED = 16;
+
 struct Thread {
     Fiber fiber;
+    std::vector<Copy> copies;
     Index index;
     bool done = false, waiting = false;
     unsigned barriers = 0;
@@ -145,8 +153,21 @@ template <class T> inline void store_aligned(void *address, const T &value) {
     std::memcpy(address, &value, sizeof value);
 }
 
+// What is read between the order to copy and the wait is nothing: memory is poisoned until then.
+inline void copy_later(void *to, const void *from) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % COPIED) fail("a misaligned copy");
+    std::memset(to, 0xff, COPIED);
+    self().copies.push_back({to, from});
+}
+
+inline void copies_done() {
+    for (const Copy &copy : self().copies) std::memcpy(copy.to, copy.from, COPIED);
+    self().copies.clear();
+}
+
 inline void entry() {
     block->kernel(block->params);
+    if (!self().copies.empty()) fail("a thread that ends before its copies are done");
     self().done = true;
     ++block->progress;
     self().fiber.suspend();

@@ -28,6 +28,7 @@ namespace emulator {
 
 // AddressSanitizer pads every local, so a kernel's frame grows several times.
 #ifdef __SANITIZE_ADDRESS__
+extern "C" void __asan_unpoison_memory_region(const volatile void *, size_t);
 constexpr size_t STACK = 256 << 10;
 #else
 constexpr size_t STACK = 64 << 10;
@@ -44,6 +45,9 @@ public:
 
     // Makes the next `resume` begin at `entry`, which never returns.
     void begin(void (*entry)()) {
+#ifdef __SANITIZE_ADDRESS__
+        __asan_unpoison_memory_region(stack, STACK); // frames of the entry before, which never returned
+#endif
 #ifdef OWN_SWITCH
         void **top = reinterpret_cast<void **>((reinterpret_cast<uintptr_t>(stack) + STACK) & ~uintptr_t(15));
         *--top = nullptr; // the entry sees a stack as after a call

@@ -127,7 +127,7 @@ def linear(run: Any, kernel: str, name: str, size: int) -> None:
     """Four-bit products."""
     sizes = [(1, 1, 64), (5, 17, 192), (8, 33, 448)]
     if "mid" in kernel:
-        sizes = [(1, 1, 64), (70, 67, 192)]
+        sizes = [(1, 1, 64), (70, 67, 192), (133, 131, 64)]
     elif "gemv" in kernel:
         sizes = [(1, 1, 1), (5, 9, 77)]
     for m, n, k in sizes:
@@ -143,7 +143,8 @@ def linear(run: Any, kernel: str, name: str, size: int) -> None:
                 k=k,
                 scales=scales(blocks, blocksize, kind),
                 bias_dtype=1,
-                tokens=16 if blocksize == 64 else 64,
+                tokens={32: 128, 64: 32, 128: 64}[blocksize],
+                rows=64 if blocksize == 64 else 128,
             )
             run(f"{kernel}_{name}", params, 2)
 

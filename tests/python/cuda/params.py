@@ -83,7 +83,7 @@ class Linear4(Structure):
         *_fields("p:x,packed,bias,y q:m,n,k"),
         ("scales", Scales),
         ("values", c_float * 16),
-        *_fields("u:bias_dtype,tokens"),
+        *_fields("u:bias_dtype,tokens,rows,padding"),
     ]
 
 

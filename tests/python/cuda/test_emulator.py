@@ -85,6 +85,16 @@ def test_a_missing_barrier_shows_as_nan_and_in_another_order_of_threads(broken: 
     assert any("nan" in result for result in results)
 
 
+def test_a_copy_that_is_read_before_it_is_waited_for_is_nan(broken: Path) -> None:
+    assert run(broken, "broken_early").stdout.split(",")[0] == "[nan"
+
+
+def test_a_copy_that_nobody_waits_for_is_an_error(broken: Path) -> None:
+    done = run(broken, "broken_forgotten")
+    assert done.returncode != 0
+    assert "before its copies are done" in done.stderr
+
+
 def test_a_block_of_another_size_is_refused(broken: Path) -> None:
     done = run(broken, "broken_barrier", block=64)
     assert done.returncode != 0

@@ -16,6 +16,8 @@ from strategies import FOUR_BIT, SPEC, dtypes, for_format, kinds, seeds, tensor
 
 FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 HALVES = [torch.float16, torch.bfloat16]
+# Rows of the weight and of x that a thread block of linear4_mid may have.
+BLOCKS = [(128, 128), (128, 80), (128, 64), (128, 8), (64, 32), (64, 16)]
 four_bit = st.sampled_from(FOUR_BIT).flatmap(
     lambda name: st.tuples(
         st.just(name),
@@ -31,19 +33,20 @@ def linear4(
     x: torch.Tensor,
     q: nb.QTensor,
     bias: torch.Tensor | None,
-    tokens: int = 64,
+    block: tuple[int, int] = (128, 128),
 ) -> torch.Tensor:
+    """`block`: rows of the weight and of x of a thread block of `linear4_mid`."""
     (m, k), n = x.shape, q.shape[0]
     y = poisoned((m, n), x.dtype)
     scales, kept = scales_of(q)
     params = Linear4(
         x=at(x), packed=at(q.packed), bias=at(bias), y=at(y), m=m, n=n, k=k, scales=scales,
-        bias_dtype=0 if bias is None else CODES[bias.dtype], tokens=tokens,
+        bias_dtype=0 if bias is None else CODES[bias.dtype], rows=block[0], tokens=block[1],
     )  # fmt: skip
     params.values[:] = values_of(q.format)
     name = f"{kernel}_{NAMES[x.dtype]}"
     if "mid" in kernel:
-        emulator.launch(name, params, pieces(n, 64), grid_y=pieces(m, tokens, 2))
+        emulator.launch(name, params, pieces(n, block[0]), grid_y=pieces(m, block[1], 2))
     elif "small" in kernel:
         emulator.launch(name, params, pieces(n, 16))
     else:
@@ -122,17 +125,17 @@ def test_few_tokens_on_tensor_cores(
 
 @FIXTURE
 @given(
-    m=st.integers(1, 140), n=st.integers(1, 150), steps=st.integers(1, 9),
+    m=st.integers(1, 270), n=st.integers(1, 300), steps=st.integers(1, 9),
     dtype=st.sampled_from(HALVES), seed=seeds,
     kind=st.sampled_from(["normal", "constant", "zero", "steps"]), how=four_bit,
-    bias=st.sampled_from([None, *NAMES]), tokens=st.sampled_from([8, 16, 32, 64]),
+    bias=st.sampled_from([None, *NAMES]), block=st.sampled_from(BLOCKS),
 )  # fmt: skip
 def test_more_tokens_on_tensor_cores(
     emulator: Emulator, m: int, n: int, steps: int, dtype: torch.dtype, seed: int, kind: str,
-    how: Any, bias: Any, tokens: int,
+    how: Any, bias: Any, block: tuple[int, int],
 ) -> None:  # fmt: skip
     x, q, addend = operands(m, n, 64 * steps, dtype, seed, kind, how, bias)
-    y = linear4(emulator, "linear4_mid", x, q, addend, tokens)
+    y = linear4(emulator, "linear4_mid", x, q, addend, block)
     assert_close(y, x, q, addend, half_unit(dtype))
 
 
