@@ -56,8 +56,12 @@ def product(
     format: str,
     blocksize: int,
     shape: Sequence[int],
+    fused: bool | None = None,
 ) -> Tensor:
-    """`x @ weight.T + bias` for a weight that was described."""
+    """`x @ weight.T + bias` for a weight that was described.
+
+    `fused` is for timing: one kernel for any number of rows, or none. Else their number decides.
+    """
     n, k = shape
     x = place.aligned(x)
     bias = _contiguous(bias)
@@ -67,7 +71,9 @@ def product(
     if rows == 0 or n == 0:
         return out
     at = place.where(packed)
-    if k > 0 and rows <= _most_rows(format, k, x.dtype, at[0]):
+    if fused is None:
+        fused = rows <= _most_rows(format, k, x.dtype, at[0])
+    if fused and k > 0:
         weight.linear(memory(x), optional_memory(bias), memory(out), at)
         return out
     bias = None if bias is None else bias.to(x.dtype)

@@ -16,30 +16,42 @@ use crate::error::Result;
 use crate::format::{Decode, Format};
 use crate::pack::check_len;
 
-/// Kernels on tensor cores, and the most rows of activations for which each is taken.
-static SMALL: [(u64, &Family<params::Linear4>); 4] =
-    [(8, &LINEAR4_SMALL8), (16, &LINEAR4_SMALL16), (32, &LINEAR4_SMALL32), (64, &LINEAR4_MID)];
+/// Kernels on tensor cores whose blocks of threads have all rows of activations, and how many those
+/// may be. [`LINEAR4_MID`] shares more out.
+static SMALL: [(u64, &Family<params::Linear4>); 3] =
+    [(8, &LINEAR4_SMALL8), (16, &LINEAR4_SMALL16), (32, &LINEAR4_SMALL32)];
+/// Rows of the weight of a block of threads of these.
+const SMALL_EACH: u64 = 16;
 
-/// The most rows of activations that a block of threads of the others has, which is all of them.
-/// Those of [`LINEAR4_MID`] are shared out.
-const SMALL_MOST: u64 = 32;
+/// The most rows of activations for which reading the packed weight is worth it where there are tensor
+/// cores. With more, decoding it for a dense product takes fewer instructions: `cuda/kernels.md` counts
+/// them. [`Cuda::linear`] itself takes any number, so that both can be timed.
+const MID_MOST: u64 = 256;
 
 /// The most rows for which a kernel without tensor cores is worth it: it reads the weight again for
 /// every four.
 const GEMV_ROWS: u64 = 8;
-/// Rows of the weight, and rows of activations, of a block of threads.
-const SMALL_EACH: u64 = 16;
-const MID_EACH: u64 = 64;
 
-/// Blocks of threads that give each multiprocessor of a large device one.
-const ENOUGH_BLOCKS: u64 = 128;
-/// Rows of activations of a block of [`LINEAR4_MID`], which has at most the first and, where that
-/// gives too few blocks, less.
-const MID_ROWS: [u64; 3] = [64, 32, 16];
+/// How [`LINEAR4_MID`] is shared out: rows of the weight and the most rows of activations of a block of
+/// threads. The first decodes least, the last gives the most blocks.
+const MID_BLOCKS: [(u64, u64); 3] = [(128, 128), (128, 64), (64, 32)];
+/// Blocks of threads that a large device is busy with.
+const ENOUGH_BLOCKS: u64 = 96;
+/// Tensor cores take eight rows of activations, and a block may have two halves of them.
+const MID_MULTIPLE: u64 = 16;
 
-fn mid_rows(m: u64, n: u64) -> u64 {
-    let enough = |each: &&u64| n.div_ceil(MID_EACH) * m.div_ceil(**each) >= ENOUGH_BLOCKS;
-    MID_ROWS.iter().find(enough).copied().unwrap_or(MID_ROWS[2])
+/// Rows of the weight, and rows of activations, of a block of [`LINEAR4_MID`]: the largest that
+/// leaves no large device idle, with rows of activations shared out evenly.
+fn mid_block(m: u64, n: u64) -> (u64, u64) {
+    let even = |(rows, most): (u64, u64)| {
+        let tokens = m.div_ceil(m.div_ceil(most)).next_multiple_of(MID_MULTIPLE);
+        (rows, tokens)
+    };
+    let enough = |(rows, tokens): &(u64, u64)| {
+        n.div_ceil(*rows).saturating_mul(m.div_ceil(*tokens)) >= ENOUGH_BLOCKS
+    };
+    let blocks = MID_BLOCKS.map(even);
+    blocks.into_iter().find(enough).unwrap_or(blocks[blocks.len() - 1])
 }
 const GEMV_EACH: u64 = 8;
 const GEMV_ROWS_EACH: u64 = 4;
@@ -84,8 +96,8 @@ fn small(
         Dtype::F16 => true,
         Dtype::BF16 => capability >= BF16_CAPABILITY,
     };
-    let found = SMALL.iter().find(|(most, _)| m <= *most)?;
-    (fits && k > 0 && k.is_multiple_of(64)).then_some(found.1)
+    let found = SMALL.iter().find(|(most, _)| m <= *most).map_or(&LINEAR4_MID, |(_, found)| *found);
+    (fits && k > 0 && k.is_multiple_of(64)).then_some(found)
 }
 
 /// The most rows of activations that one kernel multiplies, for a weight with rows of `k`
@@ -93,9 +105,8 @@ fn small(
 pub fn most_rows(format: Format, k: usize, dtype: Dtype, capability: u32) -> u64 {
     match format.spec().decode {
         Decode::Codebook4(_) => {
-            let wide = SMALL.iter().map(|(most, _)| *most);
-            let wide = wide.filter(|most| small(*most, k as u64, dtype, capability).is_some());
-            wide.max().unwrap_or(GEMV_ROWS)
+            let found = small(MID_MOST, k as u64, dtype, capability);
+            found.map_or(GEMV_ROWS, |_| MID_MOST)
         }
         Decode::Codebook8(_) | Decode::Int8 => GEMV_ROWS,
         Decode::Dense(_) => 0,
@@ -131,6 +142,7 @@ impl Cuda {
             }
             Decode::Dense(_) => return Err(dense(q.layout().format)),
         };
+        let (rows, tokens) = mid_block(m, n);
         let params = params::Linear4 {
             x: x_at,
             packed: q.packed().wide("packed")?,
@@ -142,14 +154,15 @@ impl Cuda {
             scales: q.scales_of_blocks()?,
             values: book.values,
             bias_dtype,
-            tokens: mid_rows(m, n) as u32,
+            tokens: tokens as u32,
+            rows: rows as u32,
+            padding: 0,
         };
         let small = small(m, k, T::DTYPE, self.capability());
         if let Some(family) = small.filter(|_| x.wide("x").is_ok()) {
-            let grid = if m > SMALL_MOST {
-                Grid::plane((n, MID_EACH), (m, u64::from(params.tokens)))
-            } else {
-                Grid::line(n, SMALL_EACH)
+            let grid = match SMALL.iter().any(|(most, _)| m <= *most) {
+                true => Grid::line(n, SMALL_EACH),
+                false => Grid::plane((n, rows), (m, tokens)),
             };
             return self.launch(family, Some(T::DTYPE), grid, params);
         }
@@ -189,9 +202,9 @@ mod tests {
     #[test]
     fn tensor_cores_take_whole_tiles_of_what_they_multiply() {
         let most = |k, dtype, capability| most_rows(Format::Nf4, k, dtype, capability);
-        assert_eq!(most(4096, Dtype::BF16, 90), 64);
+        assert_eq!(most(4096, Dtype::BF16, 90), MID_MOST);
         assert_eq!(most(4096, Dtype::BF16, 75), GEMV_ROWS);
-        assert_eq!(most(4096, Dtype::F16, 75), 64);
+        assert_eq!(most(4096, Dtype::F16, 75), MID_MOST);
         assert_eq!(most(4096, Dtype::F32, 90), GEMV_ROWS);
         assert_eq!(most(4100, Dtype::F16, 90), GEMV_ROWS);
         assert_eq!(most_rows(Format::Int8, 64, Dtype::F16, 90), GEMV_ROWS);
@@ -200,10 +213,25 @@ mod tests {
 
     #[test]
     fn narrow_weights_are_shared_out_by_rows_of_activations() {
-        assert_eq!(mid_rows(64, 14_336), 64);
-        assert_eq!(mid_rows(33, 8192), 64);
-        assert_eq!(mid_rows(64, 4096), 32);
-        assert_eq!(mid_rows(64, 1024), 16);
-        assert_eq!(mid_rows(64, u64::MAX / 64), 64);
+        assert_eq!(mid_block(256, 14_336), (128, 128));
+        assert_eq!(mid_block(128, 14_336), (128, 128));
+        assert_eq!(mid_block(192, 14_336), (128, 96));
+        assert_eq!(mid_block(64, 14_336), (128, 64));
+        assert_eq!(mid_block(33, 14_336), (128, 48));
+        assert_eq!(mid_block(256, 4096), (128, 64));
+        assert_eq!(mid_block(100, 4096), (64, 32));
+        assert_eq!(mid_block(33, 1024), (64, 32));
+        assert_eq!(mid_block(u64::MAX / 256, u64::MAX / 256), (128, 128));
+    }
+
+    #[test]
+    fn blocks_are_what_the_kernel_takes() {
+        for m in 1..=600 {
+            for n in [1, 64, 1000, 4096, 14_336, 128_256] {
+                let (rows, tokens) = mid_block(m, n);
+                assert!(tokens > 0 && tokens.is_multiple_of(16), "{m} {n}: {tokens}");
+                assert!(tokens <= if rows == 64 { 32 } else { 128 }, "{m} {n}: {rows}, {tokens}");
+            }
+        }
     }
 }

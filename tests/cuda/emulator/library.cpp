@@ -21,6 +21,9 @@ unsigned nybble_emulated_kernels() { return unsigned(emulator::kernels().size())
 // Threads run in order for 0, in one shuffled order after another for other numbers.
 void nybble_emulate_order(unsigned seed) { emulator::order_seed = seed; }
 
+// Blocks before this one, along x and along y, are not run from now on.
+void nybble_emulate_from(unsigned x, unsigned y) { emulator::first_block = {x, y, 0}; }
+
 // Bytes of each struct of params.h, to compare with what a caller thinks it is; 0 for an unknown.
 unsigned nybble_sizeof(const char *name) {
     const std::map<std::string, unsigned> sizes = {

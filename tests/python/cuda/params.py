@@ -180,6 +180,16 @@ class Emulator:
         """Bytes of a struct of params.h."""
         return int(self._library.nybble_sizeof(name.encode()))
 
+    def launch_last(
+        self, name: str, params: Structure, grid: int, grid_y: int = 1, first: int | None = None
+    ) -> None:
+        """Run the last block along y only, and along x those from `first` on, or the last."""
+        self._library.nybble_emulate_from(grid - 1 if first is None else first, grid_y - 1)
+        try:
+            self.launch(name, params, grid, grid_y=grid_y)
+        finally:
+            self._library.nybble_emulate_from(0, 0)
+
     def launch(
         self, name: str, params: Structure, grid: int, block: int = 256, grid_y: int = 1
     ) -> None:

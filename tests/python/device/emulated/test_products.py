@@ -34,7 +34,7 @@ class OnDevice(products.Memo):
 @given(settings_of(), matrices, dtypes, seeds)
 def test_linear_is_dequantize_and_matmul(how, shape, dtype, seed):
     q = nb.quantize(for_format(tensor(shape, dtype, seed), how["format"]), **how)
-    for rows in (1, 9, 33, 65):
+    for rows in (1, 9, 33, 130, 257):
         x = torch.randn(rows, shape[1]).to(dtype)
         for bias in (None, torch.randn(shape[0]).to(dtype)):
             got = cuda.products.linear(x, *q.parts, bias, *q.how)
@@ -62,11 +62,24 @@ def test_few_rows_take_one_kernel_and_many_are_decoded(launches):
     assert kernel(9, 128, half, launches) == ["linear4_small16_f16"]
     assert kernel(32, 128, half, launches) == ["linear4_small32_f16"]
     assert kernel(33, 128, half, launches) == ["linear4_mid_f16"]
-    assert kernel(64, 128, half, launches) == ["linear4_mid_f16"]
-    assert kernel(65, 128, half, launches) == ["dequantize4_f16"]
+    assert kernel(256, 128, half, launches) == ["linear4_mid_f16"]
+    assert kernel(257, 128, half, launches) == ["dequantize4_f16"]
     assert kernel(8, 96, half, launches) == ["linear4_gemv_f16"]
     assert kernel(9, 96, half, launches) == ["dequantize4_f16"]
     assert kernel(1, 128, torch.float32, launches) == ["linear4_gemv_f32"]
+
+
+def test_any_number_of_rows_can_be_multiplied_both_ways(launches):
+    q = nb.quantize(torch.randn(48, 128), nested=True)
+    weight = place.weight(*q.parts, *q.how)
+    for rows in (3, 300):
+        x = torch.randn(rows, 128).half()
+        for fused, expected in ((True, "linear4"), (False, "dequantize4")):
+            launches()
+            got = cuda.products.product(weight, x, q.packed, None, *q.how, fused=fused)
+            (launch,) = launches()
+            assert launch["kernel"].startswith(expected)
+            assert_product(got, x, q)
 
 
 @pytest.mark.parametrize("format", ["int8", "dynamic8"])
@@ -96,7 +109,7 @@ def test_a_weight_that_exceeds_the_scratch_is_decoded_in_parts(
 ):
     monkeypatch.setattr(cuda.products, "SCRATCH", 64 * columns * 2)
     q = nb.quantize(torch.randn(150, columns), format)
-    x, bias = torch.randn(70, columns).bfloat16(), torch.randn(150)
+    x, bias = torch.randn(260, columns).bfloat16(), torch.randn(150)
     launches()
     assert_product(cuda.products.linear(x, *q.parts, bias, *q.how), x, q, bias.bfloat16())
     assert len(launches()) == 3
