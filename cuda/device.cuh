@@ -12,15 +12,18 @@
 #define SHARED(type, name, size)                                                                    \
     static type name[size];                                                                         \
     emulator::fresh(name, sizeof name)
-#define KERNEL_BLOCKS(name, params, threads, blocks, ...)                                           \
+#define SHARED_LARGE(type, name, size) SHARED(type, name, size)
+#define KERNEL_LARGE(name, params, threads, shared, ...)                                            \
     static void name(const params &p) { __VA_ARGS__; }                                              \
     static const emulator::Registration registration_##name(                                       \
-        #name, [](const void *p) { name(*static_cast<const params *>(p)); }, threads);
+        #name, [](const void *p) { name(*static_cast<const params *>(p)); }, threads, shared);
+#define KERNEL_BLOCKS(name, params, threads, blocks, ...) KERNEL_LARGE(name, params, threads, 0, __VA_ARGS__)
 #else
 #define DEVICE static __device__ __forceinline__
 #define METHOD __device__ __forceinline__
 #define OUTLINED static __device__ __noinline__
 #define SHARED(type, name, size) __shared__ type name[size]
+#define SHARED_LARGE(type, name, size) extern __shared__ type name[]
 #define KERNEL_BLOCKS(name, params, threads, blocks, ...)                                           \
     extern "C" __global__ void __launch_bounds__(threads, blocks)                                   \
         name(const __grid_constant__ params p) {                                                    \
@@ -31,6 +34,12 @@
 // A kernel, for thread blocks of so many threads. KERNEL_BLOCKS says how many of these blocks a
 // multiprocessor is to hold, which bounds the registers.
 #define KERNEL(name, params, threads, ...) KERNEL_BLOCKS(name, params, threads, 1, __VA_ARGS__)
+
+// A kernel that needs more shared memory than the 48 KB that every kernel has: so many bytes, which the
+// launch must give it. SHARED_LARGE names them.
+#ifndef NYBBLE_EMULATOR
+#define KERNEL_LARGE(name, params, threads, shared, ...) KERNEL_BLOCKS(name, params, threads, 1, __VA_ARGS__)
+#endif
 
 // One kernel for each element type.
 #define KERNELS(name, params, threads, function)                                                    \
@@ -183,9 +192,8 @@ template <class T> DEVICE void store(void *address, const T &value) {
 #endif
 }
 
-// Sixteen bytes from global to shared memory, which the hardware copies while the thread goes on. Copies
-// since the last `copies_begun` are there after `copies_done`, for the thread that asked for them; a
-// barrier shows them to others. 7.5 has no such copies, and the thread makes them itself.
+// Sixteen bytes from global to shared memory, which the hardware copies while the thread goes on. They are
+// there after `copies_done`, for the thread that asked for them; a barrier shows them to others. 7.5 has no such copies, and the thread makes them itself.
 DEVICE void copy16(void *shared, const void *address) {
 #ifdef NYBBLE_EMULATOR
     emulator::copy_later(shared, address);
@@ -194,12 +202,6 @@ DEVICE void copy16(void *shared, const void *address) {
                  : "memory");
 #else
     store(shared, load<Words4>(address));
-#endif
-}
-
-DEVICE void copies_begun() {
-#if !defined(NYBBLE_EMULATOR) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 

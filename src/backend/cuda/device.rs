@@ -27,6 +27,7 @@ type Function = Handle<cudarc::driver::sys::CUfunc_st>;
 struct Device {
     ordinal: i32,
     capability: u32,
+    multiprocessors: u32,
     context: Context,
     loaded: OnceLock<Loaded>,
     loading: Mutex<()>,
@@ -60,6 +61,7 @@ fn device(ordinal: i32) -> Result<&'static Device> {
     let device = Device {
         ordinal,
         capability: driver.capability(handle)?,
+        multiprocessors: driver.multiprocessors(handle)?,
         context: Handle(driver.retain_primary(handle)?),
         loaded: OnceLock::new(),
         loading: Mutex::new(()),
@@ -105,8 +107,12 @@ impl Device {
             // All at once: a kernel that is looked up later may have to be loaded during a
             // capture.
             let mut functions = vec![None; SLOTS];
-            for (slot, name) in kernels() {
-                functions[slot] = driver.function(module, &name)?.map(Handle);
+            for kernel in kernels() {
+                let function = driver.function(module, &kernel.name)?;
+                if let Some(function) = function.filter(|_| kernel.shared > 0) {
+                    driver.allow_shared(function, kernel.shared)?;
+                }
+                functions[kernel.slot] = function.map(Handle);
             }
             return Ok(Loaded { functions, image: candidate.describe(self.capability) });
         }
@@ -167,6 +173,11 @@ impl Cuda {
     /// Its compute capability, 90 for 9.0.
     pub fn capability(&self) -> u32 {
         self.device.capability
+    }
+
+    /// How many blocks of threads it runs at a time, if a multiprocessor has room for one.
+    pub(super) fn multiprocessors(&self) -> u32 {
+        self.device.multiprocessors
     }
 
     pub(super) fn driver(&self) -> &'static Driver {

@@ -59,6 +59,7 @@ functions! {
     ctx_set_current "cuCtxSetCurrent" (CUcontext);
     module_load_data "cuModuleLoadData" (*mut CUmodule, *const c_void);
     module_get_function "cuModuleGetFunction" (*mut CUfunction, CUmodule, *const c_char);
+    func_set_attribute "cuFuncSetAttribute" (CUfunction, c_int, c_int);
     stream_is_capturing "cuStreamIsCapturing" (CUstream, *mut c_int);
     launch_kernel "cuLaunchKernel" (
         CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream,
@@ -189,6 +190,12 @@ impl Driver {
         Ok((10 * self.attribute(device, major)? + self.attribute(device, minor)?) as u32)
     }
 
+    /// The number of multiprocessors of a device.
+    pub(super) fn multiprocessors(&self, device: CUdevice) -> Result<u32, DeviceProblem> {
+        let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        Ok(self.attribute(device, count)? as u32)
+    }
+
     fn attribute(
         &self,
         device: CUdevice,
@@ -253,6 +260,19 @@ impl Driver {
         self.check("cuModuleGetFunction", result).map(|()| Some(function))
     }
 
+    /// Lets launches of a kernel ask for so many bytes of shared memory, more than every kernel has.
+    pub(super) fn allow_shared(
+        &self,
+        function: CUfunction,
+        bytes: u32,
+    ) -> Result<(), DeviceProblem> {
+        let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: a kernel of a module that is never unloaded; takes two numbers.
+        let result =
+            unsafe { (self.functions.func_set_attribute)(function, most as c_int, bytes as c_int) };
+        self.check("cuFuncSetAttribute", result)
+    }
+
     /// Whether a graph is being captured from a stream.
     pub(super) fn is_capturing(&self, stream: CUstream) -> Result<bool, DeviceProblem> {
         let mut status = 0;
@@ -264,7 +284,8 @@ impl Driver {
         self.check("cuStreamIsCapturing", result).map(|()| status != 0)
     }
 
-    /// Launches a kernel with one argument; the result is the driver's.
+    /// Launches a kernel with one argument; the result is the driver's. `block` is its threads, and
+    /// bytes of shared memory that it does not declare.
     ///
     /// # Safety
     /// - `function` belongs to the current context, and `stream` to the same device.
@@ -274,7 +295,7 @@ impl Driver {
         &self,
         function: CUfunction,
         grid: (u32, u32),
-        block: u32,
+        block: (u32, u32),
         stream: CUstream,
         argument: *mut c_void,
     ) -> u32 {
@@ -286,10 +307,10 @@ impl Driver {
                 grid.0,
                 grid.1,
                 1,
-                block,
+                block.0,
                 1,
                 1,
-                0,
+                block.1,
                 stream,
                 arguments.as_mut_ptr(),
                 std::ptr::null_mut(),

@@ -15,21 +15,32 @@ pub struct Family<P> {
     params: PhantomData<fn(P)>,
 }
 
-/// Name, element types (none: its name has no type) and threads of a block.
+/// Name, element types (none: its name has no type), threads of a block and the bytes of shared
+/// memory that a block is given beyond those that the kernel declares.
 struct Row {
     name: &'static str,
     dtypes: &'static [Dtype],
     block: u32,
+    shared: u32,
 }
+
+/// For [`LINEAR4_MID`]: a table of 256 words for each lane, and two stages of 128 rows of activations
+/// and 64 columns of them.
+const MID_SHARED: u32 = 256 * 32 * 4 + 2 * 128 * 64 * 2;
 
 const ALL: &[Dtype] = &Dtype::ALL;
 const HALF: &[Dtype] = &[Dtype::F16, Dtype::BF16];
 
 macro_rules! families {
-    ($( $name:ident: $params:ident = $text:literal, $dtypes:expr, $block:literal; )+) => {
+    ($( $name:ident: $params:ident = $text:literal, $dtypes:expr, $block:literal $(+ $shared:ident)?; )+) => {
         #[allow(non_camel_case_types, clippy::upper_case_acronyms)]
         enum Index { $($name),+ }
-        const ROWS: &[Row] = &[ $( Row { name: $text, dtypes: $dtypes, block: $block } ),+ ];
+        const ROWS: &[Row] = &[ $( Row {
+            name: $text,
+            dtypes: $dtypes,
+            block: $block,
+            shared: 0 $(+ $shared)?,
+        } ),+ ];
         $(
             #[doc = concat!("`", $text, "`")]
             pub const $name: Family<params::$params> =
@@ -47,7 +58,7 @@ families! {
     LINEAR4_SMALL8: Linear4 = "linear4_small8", HALF, 256;
     LINEAR4_SMALL16: Linear4 = "linear4_small16", HALF, 256;
     LINEAR4_SMALL32: Linear4 = "linear4_small32", HALF, 256;
-    LINEAR4_MID: Linear4 = "linear4_mid", HALF, 256;
+    LINEAR4_MID: Linear4 = "linear4_mid", HALF, 256 + MID_SHARED;
     LINEAR4_GEMV: Linear4 = "linear4_gemv", ALL, 256;
     LINEAR8_GEMV: Linear8 = "linear8_gemv", ALL, 256;
     INTEGER_ROWS: IntegerRows = "integer_rows", ALL, 256;
@@ -78,14 +89,26 @@ fn name(row: &Row, dtype: Option<Dtype>) -> String {
 /// The number of slots.
 pub const SLOTS: usize = ROWS.len() * Dtype::ALL.len();
 
-/// Every kernel: slot and name.
-pub fn kernels() -> impl Iterator<Item = (usize, CString)> {
+/// A kernel to look for in a module.
+pub struct Wanted {
+    /// Where it belongs among those of a module.
+    pub slot: usize,
+    /// The name that it has there.
+    pub name: CString,
+    /// Bytes of shared memory that its launches must be allowed.
+    pub shared: u32,
+}
+
+/// Every kernel.
+pub fn kernels() -> impl Iterator<Item = Wanted> {
     ROWS.iter().enumerate().flat_map(|(index, row)| {
         let typed = row.dtypes.iter().copied().map(Some);
         let untyped = row.dtypes.is_empty().then_some(None);
-        typed.chain(untyped).map(move |dtype| {
+        typed.chain(untyped).map(move |dtype| Wanted {
+            slot: slot(index, dtype),
             // Names are typed in this file; none has a NUL.
-            (slot(index, dtype), CString::new(name(row, dtype)).unwrap_or_default())
+            name: CString::new(name(row, dtype)).unwrap_or_default(),
+            shared: row.shared,
         })
     })
 }
@@ -136,7 +159,8 @@ impl Cuda {
         // SAFETY: the function was found by the name of this family, which takes a `P`; whoever
         // made the slices whose addresses are in it vouched for them; the context was entered.
         let result = unsafe {
-            driver.launch(function, (grid.x, grid.y), row.block, self.stream(), argument)
+            let block = (row.block, row.shared);
+            driver.launch(function, (grid.x, grid.y), block, self.stream(), argument)
         };
         if result == super::driver::code::SUCCESS {
             return Ok(());
@@ -163,10 +187,10 @@ mod tests {
 
     #[test]
     fn every_kernel_has_a_slot_of_its_own() {
-        let slots: BTreeSet<_> = kernels().map(|(slot, _)| slot).collect();
+        let slots: BTreeSet<_> = kernels().map(|kernel| kernel.slot).collect();
         assert_eq!(slots.len(), kernels().count());
         assert!(slots.iter().all(|slot| *slot < SLOTS));
-        let names: Vec<_> = kernels().map(|(_, name)| name.into_string().unwrap()).collect();
+        let names: Vec<_> = kernels().map(|kernel| kernel.name.into_string().unwrap()).collect();
         for expected in ["dequantize4_bf16", "mean_f32", "linear4_small32_f16", "int8_outliers"] {
             assert!(names.iter().any(|name| name == expected), "{names:?}");
         }

@@ -32,26 +32,47 @@ const MID_MOST: u64 = 256;
 /// every four.
 const GEMV_ROWS: u64 = 8;
 
-/// How [`LINEAR4_MID`] is shared out: rows of the weight and the most rows of activations of a block of
-/// threads. The first decodes least, the last gives the most blocks.
-const MID_BLOCKS: [(u64, u64); 3] = [(128, 128), (128, 64), (64, 32)];
-/// Blocks of threads that a large device is busy with.
-const ENOUGH_BLOCKS: u64 = 96;
-/// Tensor cores take eight rows of activations, and a block may have two halves of them.
-const MID_MULTIPLE: u64 = 16;
+/// How [`LINEAR4_MID`] can be shared out.
+#[derive(Clone, Copy)]
+struct MidBlocks {
+    /// Rows of the weight of a block of threads.
+    rows: u64,
+    /// The most rows of activations of it.
+    tokens: u64,
+    /// In how many parts its warps share out a row of the weight.
+    shares: u64,
+    /// How many halves its rows of activations are shared out in.
+    halves: u64,
+}
 
-/// Rows of the weight, and rows of activations, of a block of [`LINEAR4_MID`]: the largest that
-/// leaves no large device idle, with rows of activations shared out evenly.
-fn mid_block(m: u64, n: u64) -> (u64, u64) {
-    let even = |(rows, most): (u64, u64)| {
-        let tokens = m.div_ceil(m.div_ceil(most)).next_multiple_of(MID_MULTIPLE);
-        (rows, tokens)
+/// The first decodes least, the last gives the most blocks.
+const MID_BLOCKS: [MidBlocks; 3] = [
+    MidBlocks { rows: 128, tokens: 128, shares: 1, halves: 2 },
+    MidBlocks { rows: 128, tokens: 64, shares: 2, halves: 1 },
+    MidBlocks { rows: 64, tokens: 32, shares: 4, halves: 1 },
+];
+/// Rows of activations come in tiles of eight, two tiles at a time.
+const MID_MULTIPLE: u64 = 16;
+/// Instructions of a warp for each pair of tiles, and for all of them together: nf4 on 9.0.
+const MID_COST: (u64, u64) = (38, 228);
+
+/// Rows of the weight, and rows of activations, of a block of [`LINEAR4_MID`]: what takes the fewest
+/// instructions one after another, when each multiprocessor has a block at a time.
+fn mid_block(m: u64, n: u64, multiprocessors: u32) -> (u64, u64) {
+    let cost = |block: &MidBlocks| {
+        let parts = m.div_ceil(block.tokens);
+        // A block of 65 to 128 has two halves; of fewer rows, which take others, it has one.
+        let each = m.div_ceil(parts).next_multiple_of(MID_MULTIPLE);
+        let pairs = each.div_ceil(block.halves).div_ceil(MID_MULTIPLE);
+        let blocks = n.div_ceil(block.rows).saturating_mul(parts);
+        let waves = blocks.div_ceil(u64::from(multiprocessors.max(1)));
+        waves.saturating_mul((MID_COST.0 * pairs + MID_COST.1) * 4 / block.shares)
     };
-    let enough = |(rows, tokens): &(u64, u64)| {
-        n.div_ceil(*rows).saturating_mul(m.div_ceil(*tokens)) >= ENOUGH_BLOCKS
-    };
-    let blocks = MID_BLOCKS.map(even);
-    blocks.into_iter().find(enough).unwrap_or(blocks[blocks.len() - 1])
+    let fits = |block: &&MidBlocks| block.halves == 1 || m > block.tokens / 2;
+    let best = MID_BLOCKS.iter().filter(fits).min_by_key(|block| cost(block));
+    let best = best.unwrap_or(&MID_BLOCKS[1]);
+    let tokens = m.div_ceil(m.div_ceil(best.tokens)).next_multiple_of(MID_MULTIPLE);
+    (best.rows, tokens)
 }
 const GEMV_EACH: u64 = 8;
 const GEMV_ROWS_EACH: u64 = 4;
@@ -142,7 +163,7 @@ impl Cuda {
             }
             Decode::Dense(_) => return Err(dense(q.layout().format)),
         };
-        let (rows, tokens) = mid_block(m, n);
+        let (rows, tokens) = mid_block(m, n, self.multiprocessors());
         let params = params::Linear4 {
             x: x_at,
             packed: q.packed().wide("packed")?,
@@ -212,23 +233,23 @@ mod tests {
     }
 
     #[test]
-    fn narrow_weights_are_shared_out_by_rows_of_activations() {
-        assert_eq!(mid_block(256, 14_336), (128, 128));
-        assert_eq!(mid_block(128, 14_336), (128, 128));
-        assert_eq!(mid_block(192, 14_336), (128, 96));
-        assert_eq!(mid_block(64, 14_336), (128, 64));
-        assert_eq!(mid_block(33, 14_336), (128, 48));
-        assert_eq!(mid_block(256, 4096), (128, 64));
-        assert_eq!(mid_block(100, 4096), (64, 32));
-        assert_eq!(mid_block(33, 1024), (64, 32));
-        assert_eq!(mid_block(u64::MAX / 256, u64::MAX / 256), (128, 128));
+    fn blocks_are_chosen_so_that_multiprocessors_are_busy() {
+        let of_132 = |m, n| mid_block(m, n, 132);
+        assert_eq!(of_132(128, 14_336), (128, 128));
+        assert_eq!(of_132(256, 14_336), (128, 128));
+        assert_eq!(of_132(64, 14_336), (128, 64));
+        assert_eq!(of_132(33, 14_336), (128, 48));
+        assert_eq!(of_132(256, 4096), (128, 64));
+        assert_eq!(of_132(64, 4096), (64, 32));
+        assert_eq!(of_132(33, 1024), (64, 32));
+        assert_eq!(mid_block(64, 4096, 16), (128, 64));
     }
 
     #[test]
     fn blocks_are_what_the_kernel_takes() {
-        for m in 1..=600 {
-            for n in [1, 64, 1000, 4096, 14_336, 128_256] {
-                let (rows, tokens) = mid_block(m, n);
+        for m in 33..=600 {
+            for n in [1, 64, 1000, 4096, 14_336, 128_256, u64::MAX / 600] {
+                let (rows, tokens) = mid_block(m, n, 132);
                 assert!(tokens > 0 && tokens.is_multiple_of(16), "{m} {n}: {tokens}");
                 assert!(tokens <= if rows == 64 { 32 } else { 128 }, "{m} {n}: {rows}, {tokens}");
             }

@@ -38,7 +38,6 @@ DEVICE void misaligned(const Broken &p) { p.x[0] = float(load<Words4>(p.x + 1).w
 DEVICE void early_read(const Broken &p) {
     SHARED(Words4, all, 8);
     if (threadIdx.x < 8) copy16(all + threadIdx.x, p.x + 4 * threadIdx.x);
-    copies_begun();
     __syncthreads();
     const float x = reinterpret_cast<const float *>(all)[threadIdx.x];
     copies_done();
@@ -49,7 +48,6 @@ DEVICE void early_read(const Broken &p) {
 DEVICE void forgotten_copy(const Broken &p) {
     SHARED(Words4, all, 8);
     if (threadIdx.x < 8) copy16(all + threadIdx.x, p.x + 4 * threadIdx.x);
-    copies_begun();
 }
 
 KERNEL(broken_early, Broken, 32, early_read(p))

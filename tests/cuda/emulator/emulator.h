@@ -228,7 +228,7 @@ inline void launch(const char *name, void (*kernel)(const void *), Index grid, I
 
 struct Kernel {
     void (*run)(const void *);
-    unsigned threads;
+    unsigned threads, shared; // shared: bytes beyond those that it declares
 };
 
 inline std::map<std::string, Kernel> &kernels() {
@@ -237,7 +237,9 @@ inline std::map<std::string, Kernel> &kernels() {
 }
 
 struct Registration {
-    Registration(const char *name, void (*run)(const void *), unsigned threads) { kernels()[name] = {run, threads}; }
+    Registration(const char *name, void (*run)(const void *), unsigned threads, unsigned shared) {
+        kernels()[name] = {run, threads, shared};
+    }
 };
 
 } // namespace emulator

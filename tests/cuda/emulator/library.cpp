@@ -38,13 +38,20 @@ unsigned nybble_sizeof(const char *name) {
     return found == sizes.end() ? 0 : found->second;
 }
 
-// Runs a kernel. 1: no kernel has this name; 2: the block is not what the kernel is made for.
+// Bytes of shared memory that a launch must give a kernel.
+unsigned nybble_emulated_shared(const char *name) {
+    const auto found = emulator::kernels().find(name);
+    return found == emulator::kernels().end() ? 0 : found->second.shared;
+}
+
+// Runs a kernel. 1: no kernel has this name; 2: the block or the shared memory is not what the kernel is
+// made for.
 int nybble_emulate(const char *name, const unsigned grid[3], const unsigned block[3], unsigned shared_bytes,
                    const void *params) {
     const auto found = emulator::kernels().find(name);
     if (found == emulator::kernels().end()) return 1;
     const emulator::Index threads{block[0], block[1], block[2]};
-    if (threads.size() != found->second.threads || shared_bytes != 0) return 2;
+    if (threads.size() != found->second.threads || shared_bytes != found->second.shared) return 2;
     emulator::launch(found->first.c_str(), found->second.run, {grid[0], grid[1], grid[2]}, threads, params);
     return 0;
 }

@@ -7,6 +7,7 @@
 //   NYBBLE_FAKE_DEVICES     number of devices (1)
 //   NYBBLE_FAKE_VERSION     CUDA version (12040)
 //   NYBBLE_FAKE_CAPABILITY  compute capability of every device (90)
+//   NYBBLE_FAKE_MULTIPROCESSORS  of every device (132)
 //   NYBBLE_FAKE_CAPTURING   a stream that is being captured
 //   NYBBLE_FAKE_FAIL        results of calls: "cuLaunchKernel:719,cuInit:999"
 //   NYBBLE_FAKE_REFUSE      images that are refused: "cubin", "ptx" or both
@@ -94,7 +95,9 @@ struct Context {
 struct Kernel {
     Context *context;
     std::string name;
+    unsigned shared_most; // bytes that a launch may ask for
 };
+constexpr unsigned SHARED = 48 << 10, SHARED_AT_MOST = 64 << 10; // by itself, and on devices of 7.5
 
 bool initialized = false;
 thread_local Context *current = nullptr;
@@ -140,6 +143,8 @@ int cuDeviceGetAttribute(int *value, int attribute, int) {
         *value = capability / 10;
     else if (attribute == 76) // COMPUTE_CAPABILITY_MINOR
         *value = capability % 10;
+    else if (attribute == 16) // MULTIPROCESSOR_COUNT
+        *value = number("NYBBLE_FAKE_MULTIPROCESSORS", 132);
     else
         return INVALID_VALUE;
     return SUCCESS;
@@ -191,7 +196,15 @@ int cuModuleGetFunction(void **function, void *module, const char *name) {
         return NOT_FOUND;
     if (!emulator().knows(name))
         return NOT_FOUND;
-    *function = new Kernel{(Context *)module, name};
+    *function = new Kernel{(Context *)module, name, SHARED};
+    return SUCCESS;
+}
+
+int cuFuncSetAttribute(void *function, int attribute, int value) {
+    INJECT("cuFuncSetAttribute");
+    if (attribute != 8 || value < 0 || (unsigned)value > SHARED_AT_MOST) // MAX_DYNAMIC_SHARED_SIZE_BYTES
+        return INVALID_VALUE;
+    ((Kernel *)function)->shared_most = value;
     return SUCCESS;
 }
 
@@ -209,7 +222,7 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
     if (current != kernel.context)
         return INVALID_CONTEXT;
     bool fits = gx >= 1 && gx <= 0x7fffffffu && gy >= 1 && gy <= 65535 && gz == 1 &&
-                bx * by * bz >= 1 && bx * by * bz <= 1024;
+                bx * by * bz >= 1 && bx * by * bz <= 1024 && shared <= kernel.shared_most;
     if (!fits || !arguments || extra)
         return INVALID_VALUE;
     log_line("launch " + kernel.name + " grid " + std::to_string(gx) + " " + std::to_string(gy) +

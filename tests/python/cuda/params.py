@@ -195,7 +195,10 @@ class Emulator:
     ) -> None:
         """Run one kernel."""
         grids, blocks = (c_uint32 * 3)(grid, grid_y, 1), (c_uint32 * 3)(block, 1, 1)
-        status = self._library.nybble_emulate(name.encode(), grids, blocks, 0, ctypes.byref(params))
+        shared = self._library.nybble_emulated_shared(name.encode())
+        status = self._library.nybble_emulate(
+            name.encode(), grids, blocks, shared, ctypes.byref(params)
+        )
         assert status == 0, f"{name}: status {status}"
 
 

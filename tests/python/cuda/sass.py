@@ -19,11 +19,12 @@ TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 
 
 def nvdisasm() -> str | None:
-    """NVIDIA's disassembler, from its package or PATH."""
-    for directory in sys.path:
-        for found in Path(directory or ".").glob("nvidia/*/bin/nvdisasm"):
-            if os.access(found, os.X_OK):
-                return str(found)
+    """NVIDIA's disassembler, from its package, from Triton's or from PATH."""
+    for pattern in ("nvidia/*/bin/nvdisasm", "triton/backends/nvidia/bin/nvdisasm"):
+        for directory in sys.path:
+            for found in Path(directory or ".").glob(pattern):
+                if os.access(found, os.X_OK):
+                    return str(found)
     return shutil.which("nvdisasm")
 
 
