@@ -1,47 +1,66 @@
-"""Timing on the device: a graph of launches, replayed, the median of many."""
+"""Times: a graph of launches that is replayed, or calls by the clock where there is no GPU."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 
-LAUNCHES, REPEATS = 20, 30
+LAUNCHES, REPEATS, LEAST_REPEATS = 20, 30, 5
+# Microseconds that all repeats together should take at most.
+_ENOUGH = 150_000.0
 
 
-def microseconds(launch: Callable[[int], object], launches: int = LAUNCHES) -> float:
-    """Time of one launch; `launch(i)` is the i-th of a graph, so that weights can rotate."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for i in range(launches):
-            launch(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(launches):
-            launch(i)
-    return _median(graph.replay) / launches
+class DeviceClock:
+    """The device's own clock; medians."""
 
+    def microseconds(self, launch: Callable[[int], object], launches: int = LAUNCHES) -> float:
+        """Time of one launch; `launch(i)` is the i-th of a graph, so that weights can rotate."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for i in range(launches):
+                launch(i)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(launches):
+                launch(i)
+        return self._median(graph.replay) / launches
 
-def without_graph(launch: Callable[[], object]) -> float:
-    """Time of one launch that takes so long that starting it does not matter."""
-    launch()
-    return _median(launch, 10)
+    def without_graph(self, launch: Callable[[], object]) -> float:
+        """Time of one launch that takes so long that starting it does not matter."""
+        return self._median(launch)
 
-
-def _median(run: Callable[[], object], repeats: int = REPEATS) -> float:
-    times = []
-    for _ in range(3):
+    def _median(self, run: Callable[[], object]) -> float:
         run()
-    for _ in range(repeats):
+        repeats = int(_ENOUGH / max(self._once(run), 1.0))
+        repeats = max(LEAST_REPEATS, min(REPEATS, repeats))
+        return statistics.median(self._once(run) for _ in range(repeats))
+
+    def _once(self, run: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
         end.record()
         end.synchronize()
-        times.append(1000 * start.elapsed_time(end))
-    return statistics.median(times)
+        return 1000 * start.elapsed_time(end)
+
+
+class HostClock:
+    """Stands in for a device's: what it tells is of no interest, only that it can be told."""
+
+    def microseconds(self, launch: Callable[[int], object], launches: int = LAUNCHES) -> float:
+        """As of `DeviceClock`."""
+        return self.without_graph(lambda: [launch(i) for i in range(min(2, launches))])
+
+    def without_graph(self, launch: Callable[[], object]) -> float:
+        """As of `DeviceClock`."""
+        start = time.perf_counter()
+        launch()
+        return 1e6 * (time.perf_counter() - start)
 
 
 def copies(nbytes: int, least: int = 200 << 20) -> int:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import nybble as nb
+from gpu import child
 from gpu.backend import backend
 from gpu.records import Records
 from nybble import _core, cuda
 from nybble.cuda import place
 
 LAUNCHES = 10_000
+#: Ways to have kernels on a device, each in a process of its own; the cache is empty at first.
+LOADS: dict[str, dict[str, str]] = {
+    "first": {},
+    "again": {},
+    "PTX": {"NYBBLE_CUDA_IMAGES": "ptx"},
+    "compiled here": {"NYBBLE_CUDA_IMAGES": "compiled"},
+    "compiled here before": {"NYBBLE_CUDA_IMAGES": "cached"},
+}
 
 # Loads the kernels in a fresh process; what it prints is how long that took, and which they are.
 _LOAD = """
@@ -32,7 +41,7 @@ print(time.perf_counter() - start, which, sep="\\t")
 """
 
 
-def run(records: Records, name: str) -> None:
+def run(records: Records, name: str, _after: str | None) -> None:
     version, devices = _core.cuda_devices(place.nvrtc_library())
     facts: dict[str, Any] = {
         "device": devices[0]["name"],
@@ -51,18 +60,18 @@ def run(records: Records, name: str) -> None:
         facts["memory_bytes"] = properties.total_memory
     records.add("env", "device", **facts)
     with tempfile.TemporaryDirectory() as cache:
-        for how in ("first", "again"):
-            records.add("env", f"load kernels, {how}", **_load(name, cache))
+        for how, settings in LOADS.items():
+            records.add("env", f"load kernels, {how}", **_load(name, cache, settings))
     _launch_overhead(records, name)
 
 
-def _load(name: str, cache: str) -> dict[str, Any]:
+def _load(name: str, cache: str, settings: dict[str, str]) -> dict[str, Any]:
     command = [sys.executable, "-c", _LOAD, name, place.nvrtc_library() or ""]
-    env = os.environ | {"XDG_CACHE_HOME": cache}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50, env=env)
-    if done.returncode != 0:
-        return {"ok": False, "error": done.stderr.strip()[-300:]}
-    seconds, which = done.stdout.strip().split("\t")
+    env = os.environ | {"XDG_CACHE_HOME": cache} | settings
+    code, text = child.run(command, 25, Path(cache) / "load.log", env=env)
+    if code != 0:
+        return {"ok": False, "error": text.strip()[-300:] or f"ended with {code}"}
+    seconds, which = text.strip().splitlines()[-1].split("\t")
     return {"ok": True, "ms": round(1000 * float(seconds), 2), "kernels": which}
 
 

@@ -3,51 +3,56 @@
 from __future__ import annotations
 
 import glob
+import os
 import shutil
-import subprocess
 import sys
+from pathlib import Path
 
+from gpu import child
 from gpu.records import Records
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 SECONDS = 38
-
-# Small, since everything takes a hundred times as long.
-LAUNCHES = """
-import torch, nybble as nb
-for name in ("nf4", "nf4 nested", "mxfp4", "dynamic8", "int8"):
-    format, nested = name.split()[0], "nested" in name
-    w = torch.randn(72, 128, device="cuda", dtype=torch.bfloat16)
-    q = nb.quantize(w, format, nested=nested)
-    q.dequantize()
-    nb.error(w, q)
-    for rows in (1, 9, 40, 140):
-        x = torch.randn(rows, 128, device="cuda", dtype=torch.bfloat16)
-        nb.linear(x, q)
-        if format in ("nf4", "mxfp4") and rows < 10:
-            torch.ops.nybble.integer_linear(x, *q.parts, None, *q.how)
-    if format == "int8":
-        nb.ops.int8_linear(torch.randn(3, 128, device="cuda"), q.packed, q.absmax, None, 2.0)
-torch.cuda.synchronize()
-"""
+#: How the program ends where it found something.
+FOUND = 9
 
 
-def _find() -> str | None:
-    places = glob.glob("/usr/local/cuda*/bin/compute-sanitizer")
-    return shutil.which("compute-sanitizer") or next(iter(sorted(places)), None)
+def find(name: str, *patterns: str) -> str | None:
+    """A tool of NVIDIA's: in PATH, in the toolkit, or in packages."""
+    in_packages = [
+        str(path)
+        for directory in sys.path
+        for path in Path(directory or ".").glob(f"nvidia/*/**/{name}")
+        if os.access(path, os.X_OK)
+    ]
+    places = [path for pattern in patterns for path in sorted(glob.glob(pattern))]
+    return shutil.which(name) or next(iter(places + in_packages), None)
 
 
-def run(records: Records, _name: str) -> None:
-    program = _find()
+def launches(backend: str, which: str) -> list[str]:
+    """The command that makes launches."""
+    return [sys.executable, "-m", "gpu.launches", backend, which]
+
+
+def environment() -> dict[str, str]:
+    """Where that command finds this package."""
+    here = str(Path(__file__).parents[1])
+    return os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path])}
+
+
+def run(records: Records, name: str, _after: str | None) -> None:
+    program = find("compute-sanitizer", "/usr/local/cuda*/bin/compute-sanitizer")
     if program is None:
         records.add("sanitizer", "compute-sanitizer", skipped="it is not installed")
         return
     for tool in TOOLS:
-        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", LAUNCHES]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-        except subprocess.TimeoutExpired:
+        command = [program, "--tool", tool, "--error-exitcode", str(FOUND)]
+        log = records.path.with_name(f"sanitizer.{tool}.log")
+        code, text = child.run(
+            [*command, *launches(name, "every")], SECONDS, log, env=environment()
+        )
+        if code == child.SPENT:
             records.add("sanitizer", tool, skipped=f"not done in {SECONDS} s")
             continue
-        found = {} if done.returncode == 0 else {"error": (done.stdout + done.stderr)[-1500:]}
-        records.add("sanitizer", tool, ok=done.returncode == 0, **found)
+        found = {} if code == 0 else {"error": text[:700] + text[-700:], "returncode": code}
+        records.add("sanitizer", tool, ok=code == 0, **found)

@@ -7,7 +7,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use cudarc::driver::sys::{CUcontext, CUdevice, CUfunction, CUstream};
 
 use super::driver::{Driver, driver};
-use super::image::{Candidate, candidates, set_nvrtc};
+use super::image::{Candidate, ONLY, candidates, set_nvrtc};
 use super::launch::{SLOTS, kernels};
 use crate::error::{DeviceProblem, Result};
 
@@ -115,6 +115,9 @@ impl Device {
                 functions[kernel.slot] = function.map(Handle);
             }
             return Ok(Loaded { functions, image: candidate.describe(self.capability) });
+        }
+        if reasons.is_empty() {
+            reasons.push(format!("{ONLY} names none of cubin, ptx, cached and compiled"));
         }
         let reason = reasons.join("; ");
         Err(DeviceProblem::Architecture { capability: self.capability, reason }.into())

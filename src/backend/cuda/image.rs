@@ -29,7 +29,22 @@ pub fn set_nvrtc(path: PathBuf) {
 /// What may run on a device of this compute capability, best first: machine code for just it,
 /// then for a lower minor version, text for the latest version that is not above it, and what is
 /// compiled from the sources.
+///
+/// `NYBBLE_CUDA_IMAGES` leaves out all but those that it names: `cubin`, `ptx`, `cached` (compiled on
+/// this machine before) and `compiled` (now), with commas between them.
 pub fn candidates(capability: u32) -> Vec<Candidate> {
+    let named = std::env::var(ONLY);
+    let named = named.as_deref().ok().map(|text| text.split(',').map(str::trim));
+    let wanted = |candidate: &Candidate| {
+        named.clone().is_none_or(|mut names| names.any(|name| name == candidate.kind()))
+    };
+    all(capability).into_iter().filter(wanted).collect()
+}
+
+/// The variable of the environment that [`candidates`] reads.
+pub const ONLY: &str = "NYBBLE_CUDA_IMAGES";
+
+fn all(capability: u32) -> Vec<Candidate> {
     let embedded = archive().map(|archive| suitable(archive.entries(), capability));
     let embedded = embedded.unwrap_or_default().into_iter().map(Candidate::Embedded);
     embedded.chain([Candidate::Cached, Candidate::Compiled]).collect()
@@ -51,6 +66,16 @@ fn suitable(entries: &[Entry], capability: u32) -> Vec<Entry> {
 }
 
 impl Candidate {
+    /// The name by which it is asked for.
+    fn kind(&self) -> &'static str {
+        match self {
+            Candidate::Embedded(Entry { kind: Kind::Cubin, .. }) => "cubin",
+            Candidate::Embedded(Entry { kind: Kind::Ptx, .. }) => "ptx",
+            Candidate::Cached => "cached",
+            Candidate::Compiled => "compiled",
+        }
+    }
+
     /// The image, as the driver takes it.
     ///
     /// # Errors

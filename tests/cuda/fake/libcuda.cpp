@@ -10,6 +10,7 @@
 //   NYBBLE_FAKE_MULTIPROCESSORS  of every device (132)
 //   NYBBLE_FAKE_CAPTURING   a stream that is being captured
 //   NYBBLE_FAKE_FAIL        results of calls: "cuLaunchKernel:719,cuInit:999"
+//   NYBBLE_FAKE_EXIT        kernels whose launch ends the process, with commas between them
 //   NYBBLE_FAKE_REFUSE      images that are refused: "cubin", "ptx" or both
 //   NYBBLE_FAKE_LOG         a file that gets a line for each load and launch
 //
@@ -20,6 +21,7 @@
 #include <dlfcn.h>
 #include <mutex>
 #include <string>
+#include <unistd.h>
 
 namespace {
 
@@ -228,6 +230,8 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
     log_line("launch " + kernel.name + " grid " + std::to_string(gx) + " " + std::to_string(gy) +
              " block " + std::to_string(bx) + " stream " + std::to_string((unsigned long)stream) +
              " device " + std::to_string(current->device));
+    if (("," + text("NYBBLE_FAKE_EXIT") + ",").find("," + kernel.name + ",") != std::string::npos)
+        _exit(71);
     unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
     std::lock_guard<std::mutex> one_at_a_time(emulating);
     return emulator().run(kernel.name.c_str(), grid, block, shared, arguments[0]) ? LAUNCH_FAILED

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,10 @@ import torch
 BENCHES = fake.ROOT / "benches"
 sys.path.insert(0, str(BENCHES))
 check_results = importlib.import_module("check_results")
-report = importlib.import_module("gpu.report")
+gpu_check_main = importlib.import_module("gpu_check")
+child, report, targets = (
+    importlib.import_module(f"gpu.{name}") for name in ("child", "report", "targets")
+)
 LINES = report.LINES
 
 
@@ -30,22 +36,89 @@ def gpu_check(
     return done.returncode, done.stdout, found
 
 
-def test_environment_and_correctness_run_on_the_fake_driver(tmp_path: Path, cache: Path) -> None:
+def test_every_stage_runs_on_the_fake_driver(tmp_path: Path, cache: Path) -> None:
     code, shown, found = gpu_check(tmp_path, cache, "--backend", "fake")
     records = found["records"]
     assert code == 0, [record for record in records if not record.get("ok", True)]
     stages = {record["stage"]: record["status"] for record in records if record["name"] == "stage"}
-    assert stages == {"env": "done", "correctness": "done"}
+    assert stages == dict.fromkeys(gpu_check_main.DEADLINES, "done")
+    assert not any(record.get("restarts") for record in records)
     checks = [r for r in records if r["stage"] == "correctness" and r["name"] != "stage"]
     assert len(checks) > 30
+    timings = [r for r in records if r["stage"] == "timing" and "us" in r]
+    assert len(timings) > 20
+    for record in timings:
+        # bitsandbytes and dense bf16 stand beside what there is of both.
+        wanted = {"us", "gb_s", "of_peak"}
+        wanted |= {"dense"} if record["name"].startswith("linear nf4") else set()
+        wanted |= {"fused", "decoded"} if record["name"].endswith("M=256") else set()
+        assert wanted <= set(record), record
+    assert any("of_read" in record for record in timings)
     assert "Emulated device 0" in shown
     assert len(shown.splitlines()) <= LINES
+
+
+# A tool of NVIDIA's that runs the program it is given and then says `SAYS`.
+TOOL = """#!/bin/sh
+while [ "$1" != "$PYTHON_OF_TEST" ]; do shift; done
+"$@" || exit 3
+cat <<'END'
+SAYS
+END
+exit CODE
+"""
+NCU = """==PROF== Connected to process 1
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","1","linear4_small8_bf16(Linear4)","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","81.5"
+"0","1","linear4_small8_bf16(Linear4)","gpu__time_duration.sum","ns","12,345"
+"1","1","dequantize4_bf16(Dequantize4)","sm__inst_issued.avg.pct_of_peak_sustained_active","%","30"
+"1","1","dequantize4_bf16(Dequantize4)","unknown","%","30"
+"""
+
+
+def with_tool(directory: Path, name: str, says: str, code: int) -> dict[str, str]:
+    """The environment in which there is such a tool."""
+    tool = directory / name
+    tool.write_text(TOOL.replace("SAYS", says).replace("CODE", str(code)))
+    tool.chmod(0o755)
+    path = f"{directory}{os.pathsep}{os.environ['PATH']}"
+    return {"PATH": path, "PYTHON_OF_TEST": sys.executable}
+
+
+def test_counters_are_read_from_what_ncu_prints(tmp_path: Path, cache: Path) -> None:
+    settings = with_tool(tmp_path, "ncu", NCU, 0)
+    arguments = ("--backend", "fake", "--stages", "counters")
+    code, _, found = gpu_check(tmp_path / "out", cache, *arguments, **settings)
+    assert code == 0, found
+    (small, decode) = [r for r in found["records"] if r["name"] != "stage"]
+    assert (small["dram_percent"], small["duration"]) == ("81.5 %", "12,345 ns")
+    assert decode == {
+        "stage": "counters",
+        "name": "dequantize4_bf16(Dequantize4)",
+        "issue_percent": "30 %",
+    }
+
+
+@pytest.mark.parametrize(("status", "ok"), [(0, True), (9, False)])
+def test_what_the_sanitizer_finds_is_a_failed_check(
+    status: int, ok: bool, tmp_path: Path, cache: Path
+) -> None:
+    says = "========= Invalid __global__ read of size 16 bytes"
+    settings = with_tool(tmp_path, "compute-sanitizer", says, status)
+    arguments = ("--backend", "fake", "--stages", "sanitizer")
+    code, _, found = gpu_check(tmp_path / "out", cache, *arguments, **settings)
+    assert code == (0 if ok else 1), found
+    tools = [r for r in found["records"] if r["name"] != "stage"]
+    assert [r["name"] for r in tools] == ["memcheck", "racecheck", "synccheck"]
+    assert [r["ok"] for r in tools] == [ok] * 3
+    assert ok or all(says in r["error"] for r in tools)
 
 
 def test_a_crash_of_one_stage_is_reported_and_the_next_goes_on(tmp_path: Path, cache: Path) -> None:
     # The fake driver ends the process where it cannot find its kernels.
     settings = {"NYBBLE_EMULATOR": "/nonexistent.so"}
-    code, shown, found = gpu_check(tmp_path, cache, "--backend", "fake", **settings)
+    arguments = ("--backend", "fake", "--stages", "env", "correctness")
+    code, shown, found = gpu_check(tmp_path, cache, *arguments, **settings)
     ended = [record for record in found["records"] if record["name"] == "stage"]
     assert code == 1
     assert [record["status"] for record in ended] == ["crashed", "crashed"]
@@ -55,24 +128,84 @@ def test_a_crash_of_one_stage_is_reported_and_the_next_goes_on(tmp_path: Path, c
     assert "crashed" in shown
 
 
-def test_failed_launches_are_findings_not_crashes(tmp_path: Path, cache: Path) -> None:
+def test_a_check_that_ends_its_process_is_one_failure_and_the_rest_goes_on(
+    tmp_path: Path, cache: Path
+) -> None:
     arguments = ("--backend", "fake", "--stages", "correctness")
+    code, shown, found = gpu_check(
+        tmp_path, cache, *arguments, NYBBLE_FAKE_EXIT="compare_f32,integer_rows_f32"
+    )
+    assert code == 1
+    failed = [r for r in found["records"] if not r.get("ok", True)]
+    assert "begun again 8 times" in shown
+    # Each of these kernels ends a process; after the last restart the stage gives up.
+    assert all("ended with 71 in this check" in r["error"] for r in failed if r["name"] != "stage")
+    names = [r["name"] for r in failed if r["name"] != "stage"]
+    assert names[:2] == ["statistics nf4", "integers nf4"]
+    assert len(names) == len(set(names)) == 9
+    passed = [r["name"] for r in found["records"] if r.get("ok")]
+    assert "llm.int8" in passed
+
+
+def test_failed_launches_are_findings_not_crashes(tmp_path: Path, cache: Path) -> None:
+    arguments = ("--backend", "fake", "--stages", "correctness", "timing")
     code, shown, found = gpu_check(
         tmp_path, cache, *arguments, NYBBLE_FAKE_FAIL="cuLaunchKernel:719"
     )
     failed = [record for record in found["records"] if not record.get("ok", True)]
     assert code == 1
-    assert len(failed) > 20
+    assert len(failed) > 40
     assert any("DeviceError" in record["error"] and "719" in record["error"] for record in failed)
     assert len(shown.splitlines()) <= LINES
 
 
 def test_a_stage_that_takes_too_long_is_ended(tmp_path: Path, cache: Path) -> None:
-    code, _, found = gpu_check(tmp_path, cache, "--backend", "fake", "--budget", "1.5")
+    arguments = ("--backend", "fake", "--stages", "env", "correctness", "--budget", "1.5")
+    code, _, found = gpu_check(tmp_path, cache, *arguments)
     status = [record["status"] for record in found["records"] if record["name"] == "stage"]
     assert code == 1
     assert status[0] == "out of time"
     assert "not started" in status[1]
+
+
+def test_a_program_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    script = "import subprocess, sys, time; subprocess.Popen(['sleep', '77.5']); time.sleep(60)"
+    start = time.monotonic()
+    code, _ = child.run([sys.executable, "-c", script], 1.0, tmp_path / "log")
+    assert code == child.SPENT
+    assert time.monotonic() - start < 20
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            assert b"77.5" not in process.read_bytes()
+
+
+def test_targets_say_what_was_met_and_what_was_missed() -> None:
+    timing = {"stage": "timing", "ok": True}
+    name = "linear nf4 14336x4096"
+    records = [
+        timing | {"name": f"{name} M=1", "us": 10.0, "of_peak": 0.9, "bitsandbytes": 1.5},
+        timing | {"name": f"{name} M=8", "us": 12.0, "of_peak": 0.8, "bitsandbytes": 0.9},
+        timing | {"name": f"{name} M=2048", "us": 400.0, "dense": 0.86},
+        timing | {"name": "quantize nf4 14336x4096", "us": 9.0, "of_read": 0.5},
+        {
+            "stage": "correctness",
+            "name": "products",
+            "error_bfloat16_1_row": 2e-3,
+            "error_bfloat16_1_row_decoded": 4e-3,
+        },
+    ]
+    lines = targets.lines(records)
+    assert [line.split()[0] for line in lines] == [
+        "met",
+        "MISSED",
+        "MISSED",
+        "met",
+        "MISSED",
+        "met",
+    ]
+    assert "1.200 (<= 1.1)" in lines[1]
+    assert "0.900 (>= 1)" in lines[2]
+    assert targets.lines([]) == []
 
 
 def test_the_table_fits_a_screen_whatever_was_measured() -> None:
