@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from nybble import reference
+from nybble.checkpoint.buffers import compute_buffers, stored_on_meta
 from nybble.checkpoint.open import Checkpoint, Entry
 from nybble.checkpoint.scaffold import Scaffold
 from nybble.errors import CheckpointError, FormatError
@@ -60,6 +61,7 @@ def fill(
             _put(model, place, value, how, device)
     _tie_again(model, ties)
     scaffold.finish()
+    compute_buffers(model, device)
 
 
 def _places(model: nn.Module, checkpoint: Checkpoint, conversions: Conversions) -> dict[str, str]:
@@ -90,6 +92,7 @@ def _check(model: nn.Module, checkpoint: Checkpoint, places: dict[str, str]) -> 
         problems += _misfits(name, entry, owner, shapes[place])
     names = {name: [name] for name, _ in model.named_parameters()}
     names.update({group[0]: group for group in _ties(model)})
+    names.update({name: [name] for name in stored_on_meta(model)})
     problems += [f"'{name}' is missing" for name, group in names.items() if given.isdisjoint(group)]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""

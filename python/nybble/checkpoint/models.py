@@ -79,7 +79,8 @@ def load_model(
     The model may be on the meta device (then tensors are taken as they are) or hold weights
     (then dense tensors are cast to the dtypes and moved to the devices that the model has).
     Tensors are read one at a time, so a model on the meta device needs no memory but that of
-    `device` and of its largest tensor.
+    `device` and of its largest tensor. Buffers that no checkpoint has are computed by models of
+    transformers; those of others stay on the meta device, which is warned of.
 
     Args:
         model: The architecture, with dense or quantized layers.

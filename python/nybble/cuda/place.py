@@ -94,10 +94,14 @@ def _stream(index: int) -> int:
 
 def where(tensor: Tensor) -> Place:
     """The device of a tensor and the stream on which torch works on it at the moment."""
-    index = tensor.device.index
-    if index not in _warm:
-        _warm_up(index, tensor.device)
-    return index, _stream(index)
+    _need(tensor.device)
+    return tensor.device.index, _stream(tensor.device.index)
+
+
+def _need(device: torch.device) -> None:
+    """Load the kernels of a CUDA device, unless they are."""
+    if device.type == "cuda" and device.index not in _warm:
+        _warm_up(device.index, device)
 
 
 @functools.cache
@@ -117,6 +121,7 @@ def tables_for(format: str, nested: bool, device: torch.device) -> tuple[Memory,
         format = "dynamic8"
     elif format not in ("dynamic8", "dynamic8u"):
         return None
+    _need(device)  # copies tables there, which a capture would not allow and could not explain
     return tuple(memory(table) for table in tables(format, device))
 
 

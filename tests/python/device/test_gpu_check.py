@@ -189,7 +189,7 @@ def test_targets_say_what_was_met_and_what_was_missed() -> None:
         timing | {"name": "quantize nf4 14336x4096", "us": 9.0, "of_read": 0.5},
         {
             "stage": "correctness",
-            "name": "products",
+            "name": "products nf4 64 (4096, 4096)",
             "error_bfloat16_1_row": 2e-3,
             "error_bfloat16_1_row_decoded": 4e-3,
         },

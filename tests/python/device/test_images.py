@@ -77,6 +77,19 @@ def test_an_image_that_the_driver_refuses_leads_to_the_next(tmp_path: Path, cach
 
 
 @needs_nvrtc
+def test_ways_to_have_kernels_can_be_left_out(tmp_path: Path, cache: Path) -> None:
+    def only(names: str) -> str:
+        return warm_up(fake.environment(fake.libraries(), tmp_path, NYBBLE_CUDA_IMAGES=names))
+
+    assert only("cached").startswith("refused there are no CUDA kernels for compute capability 9.0")
+    assert only("compiled, cached") == "loaded sm_90, compiled at first use"
+    assert only("cached") == "loaded sm_90, compiled here before"
+    assert "NYBBLE_CUDA_IMAGES names none of cubin, ptx, cached and compiled" in only("fatbin")
+    if embedded(cache):
+        assert only("ptx") == "loaded PTX for 80, compiled by the driver"
+
+
+@needs_nvrtc
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     env = fake.environment(fake.libraries(), tmp_path / "file", **UNKNOWN)

@@ -132,6 +132,19 @@ def test_a_module_that_moves_has_the_kernels_of_its_device_loaded(monkeypatch):
     assert followed[-1] is layer.weight
 
 
+def test_tables_are_copied_to_a_device_only_after_its_kernels_are_loaded(monkeypatch):
+    def refuse(index: int, device: torch.device) -> str:
+        raise nb.DeviceError(f"no kernels for {device} of index {index} during a capture")
+
+    monkeypatch.setattr(place, "_warm_up", refuse)
+    device = torch.device("cuda", 7)
+    for format, nested in (("nf4", True), ("dynamic8", False)):
+        # torch's own word for a copy in a capture would name neither nybble nor a remedy.
+        with pytest.raises(nb.DeviceError, match="cuda:7 of index 7"):
+            place.tables_for(format, nested, device)
+    assert place.tables_for("nf4", False, device) is None
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a device")
 def test_a_device_that_is_not_there_is_an_error_of_torch_not_a_crash():
     with pytest.raises((RuntimeError, AssertionError)):
