@@ -180,11 +180,11 @@ template <Form FORM, bool HALVES> DEVICE Rows rows_of(const Linear4 &p, u64 n0, 
 // The warp's share of 16 rows times all of k.
 template <class T, u32 TILES, Form FORM, bool HALVES>
 DEVICE void sum_steps(float sums[TILES][4], const Linear4 &p, const Tables &tables, u64 n0) {
-    constexpr u32 STEPS = FORM != PLAIN || HALVES || TILES > 1 ? 1 : 2; // more would need too many registers
+    constexpr u32 STEPS = FORM != PLAIN || HALVES || TILES > 2 ? 1 : 2; // more would need too many registers
     using Steps = Group<FORM, HALVES, STEPS>;
     // Many tokens leave no registers for what follows from these and could be kept between tiles.
-    const u32 lane = TILES > 2 ? opaque(lane_of_warp()) : lane_of_warp();
-    const u32 warp = TILES > 2 ? opaque(warp_of_block()) : warp_of_block();
+    const u32 lane = TILES > 1 ? opaque(lane_of_warp()) : lane_of_warp();
+    const u32 warp = TILES > 1 ? opaque(warp_of_block()) : warp_of_block();
     const u32 steps = u32(p.k / STEP), groups = steps / STEPS;
     // Tokens and rows beyond the last read the last one again; what they give is not stored.
     const T *tokens[TILES];

@@ -27,12 +27,21 @@ _warm: set[int] = set()
 
 
 def is_available() -> bool:
-    """Whether there are a driver and a device that kernels can run on."""
+    """Whether there are a driver, a device that kernels can run on, and a torch with CUDA."""
     try:
+        _check_torch()
         _core.cuda_available()
     except DeviceError:
         return False
-    return ops.HAS_CUDA
+    return True
+
+
+def _check_torch() -> None:
+    if torch.version.cuda is None:
+        raise DeviceError(
+            f"torch {torch.__version__} was built without CUDA: it has no tensors on CUDA devices;"
+            " install a torch with CUDA"
+        )
 
 
 def devices() -> list[CudaDevice]:
@@ -57,9 +66,12 @@ def warmup(device: int | str | torch.device | None = None) -> str:
         Which compiled form was loaded, like `sm_90`.
 
     Raises:
-        DeviceError: No driver, no such device, no kernels for it, or a capture is going on.
+        DeviceError: No driver, no such device, no kernels for it, a capture is going on, or a
+            torch without CUDA.
     """
     _core.cuda_available()
+    _check_torch()
+    torch.cuda.init()  # else torch does not know of any stream yet
     index = torch.cuda._utils._get_device_index(device, optional=True)
     return _warm_up(index, torch.device("cuda", index))
 

@@ -18,14 +18,19 @@ LABEL = re.compile(r"(\.L_x_\d+):$")
 TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 
 
-def nvdisasm() -> str | None:
-    """NVIDIA's disassembler, from its package, from Triton's or from PATH."""
-    for pattern in ("nvidia/*/bin/nvdisasm", "triton/backends/nvidia/bin/nvdisasm"):
+def tool(name: str) -> str | None:
+    """A tool of NVIDIA's, from its package, from Triton's or from PATH."""
+    for pattern in (f"nvidia/*/bin/{name}", f"triton/backends/nvidia/bin/{name}"):
         for directory in sys.path:
             for found in Path(directory or ".").glob(pattern):
                 if os.access(found, os.X_OK):
                     return str(found)
-    return shutil.which("nvdisasm")
+    return shutil.which(name)
+
+
+def nvdisasm() -> str | None:
+    """NVIDIA's disassembler."""
+    return tool("nvdisasm")
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,12 @@ def _sections(elf: bytes) -> dict[str, bytes]:
 
 def disassemble(cubin: bytes, folder: Path) -> Iterator[Kernel]:
     """Every kernel of a cubin."""
-    tool = nvdisasm()
-    if tool is None:
+    program = nvdisasm()
+    if program is None:
         raise RuntimeError("no nvdisasm")
     path = folder / "kernels.cubin"
     path.write_bytes(cubin)
-    command = [tool, "-c", str(path)]
+    command = [program, "-c", str(path)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     sizes = registers(cubin)
     for part in re.split(r"^\.text\.", text, flags=re.MULTILINE)[1:]:

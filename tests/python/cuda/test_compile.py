@@ -6,6 +6,7 @@ product with few tokens is bound by instructions above four a weight.
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import build_kernels
@@ -101,6 +102,23 @@ def test_ptx_is_text_for_the_oldest_gpu_that_has_everything(images: list[Image])
     (ptx,) = [image for image in images if image.kind == 1]
     assert b"\0" not in ptx.data
     assert b".target sm_80" in ptx.data
+    assert b".version 8.0\n" in ptx.data  # CUDA 12.0
+
+
+def test_the_text_has_nothing_that_the_oldest_driver_does_not_know(
+    images: list[Image], tmp_path: Path
+) -> None:
+    ptxas = sass.tool("ptxas")
+    if ptxas is None:
+        pytest.skip("no ptxas (Triton has one)")
+    (ptx,) = [image for image in images if image.kind == 1]
+    (tmp_path / "kernels.ptx").write_bytes(ptx.data)
+    command = [ptxas, "--gpu-name", "sm_80", str(tmp_path / "kernels.ptx")]
+    # An assembler refuses what the version in the text does not have.
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "out")], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_every_gpu_has_the_kernels_that_the_emulator_has(
@@ -146,6 +164,24 @@ def test_a_product_with_few_tokens_takes_four_instructions_a_weight(
         # A lane's 32 weights take four products.
         cost = len(loop.instructions) / (8 * loop.count("HMMA"))
         assert cost <= (4.0 if loop in whole else 5.5), sass.summary(loop)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize(("tokens", "plain", "nested"), [(16, 3.5, 4.5), (32, 5.0, 6.0)])
+def test_a_product_with_more_tokens_takes_little_more(
+    kernels: dict[int, dict[str, sass.Kernel]],
+    arch: int,
+    dtype: str,
+    tokens: int,
+    plain: float,
+    nested: float,
+) -> None:
+    for loop in sass.innermost(kernels[arch][f"{SMALL}{tokens}_{dtype}"], "HMMA"):
+        if loop.count("LDG.E.NA.64"):
+            # Four products for a lane's 32 weights and each tile of eight tokens.
+            cost = len(loop.instructions) / (8 * loop.count("HMMA") * 8 / tokens)
+            assert cost <= (nested if loop.count("LDG.E.U8") else plain), sass.summary(loop)
 
 
 @pytest.mark.parametrize("arch", [80, 90])

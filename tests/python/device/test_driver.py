@@ -48,6 +48,23 @@ for call in (nybble.cuda.warmup, nybble.cuda.devices):
     assert all("no CUDA driver" in line and "install" in line for line in lines[1:])
 
 
+def test_a_torch_without_cuda_is_said_to_be_one(cache: Path) -> None:
+    code = """
+import torch, nybble as nb, nybble.cuda
+print(nybble.cuda.is_available())
+torch.version.cuda = None
+print(nybble.cuda.is_available())
+try:
+    nybble.cuda.warmup(0)
+except nb.DeviceError as error:
+    print(error)
+"""
+    lines = fake.run(code, fake.environment(fake.libraries(), cache)).splitlines()
+    assert lines[:2] == ["True", "False"]
+    assert "built without CUDA" in lines[2]
+    assert "install a torch with CUDA" in lines[2]
+
+
 def test_importing_nybble_does_not_touch_the_driver(cache: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     env = fake.environment(fake.libraries(), cache, NYBBLE_FAKE_LOG=str(log))
