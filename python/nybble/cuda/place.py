@@ -71,7 +71,8 @@ def warmup(device: int | str | torch.device | None = None) -> str:
     """
     _core.cuda_available()
     _check_torch()
-    torch.cuda.init()  # else torch does not know of any stream yet
+    # Else torch does not know of any stream yet.
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     index = torch.cuda._utils._get_device_index(device, optional=True)
     return _warm_up(index, torch.device("cuda", index))
 

@@ -181,10 +181,9 @@ impl Cuda {
         };
         let small = small(m, k, T::DTYPE, self.capability());
         if let Some(family) = small.filter(|_| x.wide("x").is_ok()) {
-            let grid = match SMALL.iter().any(|(most, _)| m <= *most) {
-                true => Grid::line(n, SMALL_EACH),
-                false => Grid::plane((n, rows), (m, tokens)),
-            };
+            let alone = SMALL.iter().any(|(most, _)| m <= *most);
+            let grid =
+                if alone { Grid::line(n, SMALL_EACH) } else { Grid::plane((n, rows), (m, tokens)) };
             return self.launch(family, Some(T::DTYPE), grid, params);
         }
         self.launch(&LINEAR4_GEMV, Some(T::DTYPE), grid, params)

@@ -90,6 +90,7 @@ print(found())
         # A result that this build has no name for.
         ({"NYBBLE_FAKE_FAIL": "cuInit:4711"}, "CUDA error 4711 (unknown) in cuInit"),
         ({"NYBBLE_FAKE_FAIL": "cuDevicePrimaryCtxRetain:2"}, "in cuDevicePrimaryCtxRetain"),
+        ({"NYBBLE_FAKE_FAIL": "cuFuncSetAttribute:1"}, "in cuFuncSetAttribute"),
         ({"NYBBLE_FAKE_CAPTURING": "7"}, "nybble.cuda.warmup(0)"),
     ],
 )
