@@ -193,7 +193,8 @@ template <class T> DEVICE void store(void *address, const T &value) {
 }
 
 // Sixteen bytes from global to shared memory, which the hardware copies while the thread goes on. They are
-// there after `copies_done`, for the thread that asked for them; a barrier shows them to others. 7.5 has no such copies, and the thread makes them itself.
+// there after `copies_done`, for the thread that asked for them; a barrier shows them to others. 7.5 has no
+// such copies, and the thread makes them itself.
 DEVICE void copy16(void *shared, const void *address) {
 #ifdef NYBBLE_EMULATOR
     emulator::copy_later(shared, address);

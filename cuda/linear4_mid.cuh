@@ -51,7 +51,8 @@ template <bool HALVES> struct Decoded {
             for (u32 r = 0; r < 2; ++r)
 #pragma unroll
                 for (u32 h = 0; h < (HALVES ? 2 : 1); ++h)
-                    scales[g][r][h] = FORM == EXPONENTS ? e8m0_decode(groups[g].stored[r][h]) : groups[g].scale(tables, r, h);
+                    scales[g][r][h] =
+                        FORM == EXPONENTS ? e8m0_decode(groups[g].stored[r][h]) : groups[g].scale(tables, r, h);
         }
     }
 };
