@@ -31,6 +31,8 @@ mod out;
 mod portable;
 mod stretch;
 mod tiles;
+#[cfg(target_arch = "x86_64")]
+mod tokens;
 
 use std::ops::Range;
 
@@ -246,6 +248,8 @@ fn linear<D: Engine, T: Lanes>(d: D, job: &Job<'_, T>, out: &Out<'_, T>) {
                 Some(weight) => byte_rows(d, job, weight, x, m, &out),
                 None => dense_rows(d, job, x, m, &out),
             },
+            #[cfg(target_arch = "x86_64")]
+            Some(values) if token_rows(job, values, x, m, &out) => {}
             codebook => many_rows(d, job, codebook, x, m, &out),
         }
     }
@@ -384,6 +388,23 @@ fn dense_rows<D: Engine, T: Lanes>(d: D, job: &Job<'_, T>, x: &[T], m: usize, ou
 fn decode_dense<T, X: Lanes>(one: &Cpu, job: &Job<'_, T>, row: usize, at: usize, out: &mut [X]) {
     let decoded = one.dequantize_range(job.q, row * job.columns + at, out);
     debug_assert!(decoded.is_ok());
+}
+
+/// [`tokens::rows`], where the machine has the instructions and activations are bf16.
+#[cfg(target_arch = "x86_64")]
+fn token_rows<T: Lanes>(
+    job: &Job<'_, T>,
+    values: &[f32; 16],
+    x: &[T],
+    m: usize,
+    out: &Out<'_, T>,
+) -> bool {
+    match job.cpu.isa {
+        Isa::Avx512Ext(d) if T::DTYPE == Dtype::BF16 => {
+            tokens::rows(d, job, values, bytemuck::cast_slice(x), m, out)
+        }
+        _ => false,
+    }
 }
 
 fn many_rows<D: Engine, T: Lanes>(
