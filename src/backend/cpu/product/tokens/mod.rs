@@ -45,7 +45,7 @@ const NEAR: usize = 256 * 1024;
 struct Shape {
     /// Rows of the weight in a strip.
     rows: usize,
-    /// Pairs of activations of each token in a vector.
+    /// Pairs of activations of each token in a vector: one or two.
     pairs: usize,
     /// Vectors of sums of each row.
     vectors: usize,
@@ -55,12 +55,10 @@ impl Shape {
     /// The quickest for so many tokens, where it beats panels: measured with each number of them.
     fn of(m: usize) -> Option<Self> {
         let (rows, pairs, vectors) = match m {
-            7..=8 => (10, 4, 2),
             13..=16 => (8, 2, 2),
             21..=24 => (6, 2, 3),
             27..=32 => (8, 1, 2),
             43..=48 => (8, 1, 3),
-            59..=64 => (6, 1, 4),
             _ => return None,
         };
         Some(Self { rows, pairs, vectors })

@@ -52,59 +52,50 @@ pub fn spread(
     });
 }
 
+/// Where the lanes of two vectors are that lie pair by pair in vectors of two pairs of each token.
+const TWO: [[u32; LANES]; 2] = {
+    let mut places = [[0; LANES]; 2];
+    let mut i = 0;
+    while i < 2 * LANES {
+        places[i / LANES][i % LANES] = (i / 2 + i % 2 * LANES) as u32;
+        i += 1;
+    }
+    places
+};
+
 /// A quarter of a chunk of all rows, which are `stride` apart.
 #[target_feature(enable = "avx512f,avx512bw")]
 fn one(d: Avx512Ext, shape: Shape, (x, stride): (&[bf16], usize), out: &mut [u32]) {
-    // SAFETY: a table of sixty-four bytes.
-    let places = unsafe { _mm512_loadu_si512(PLACES.as_ptr().cast()) };
-    let tokens = x.chunks(stride).map(|row| {
-        let row = &row[..QUAD];
-        // SAFETY: the slice is sixty-four bytes.
-        _mm512_permutexvar_epi16(places, unsafe { _mm512_loadu_si512(row.as_ptr().cast()) })
-    });
-    match shape.pairs {
-        1 => single(d, shape, tokens, out),
-        2 => several::<2>(shape, tokens, out),
-        _ => several::<4>(shape, tokens, out),
-    }
-}
-
-/// One pair of each token in a vector.
-#[inline(always)]
-fn single(
-    d: Avx512Ext,
-    shape: Shape,
-    mut tokens: impl Iterator<Item = __m512i>,
-    out: &mut [u32],
-) {
-    for vector in 0..shape.vectors {
-        // SAFETY: the proof implies AVX-512 F.
-        let mut square = [unsafe { _mm512_setzero_si512() }; LANES];
-        for (words, token) in square.iter_mut().zip(tokens.by_ref()) {
-            *words = token;
+    // SAFETY: tables of sixty-four bytes.
+    let (places, two) = unsafe {
+        let two = TWO.map(|places| _mm512_loadu_si512(places.as_ptr().cast()));
+        (_mm512_loadu_si512(PLACES.as_ptr().cast()), two)
+    };
+    let mut rows = x.chunks(stride);
+    for first in (0..shape.vectors).step_by(shape.pairs) {
+        let mut square = [_mm512_setzero_si512(); LANES];
+        for (words, row) in square.iter_mut().zip(rows.by_ref()) {
+            let row = &row[..QUAD];
+            // SAFETY: the slice is sixty-four bytes.
+            let row = unsafe { _mm512_loadu_si512(row.as_ptr().cast()) };
+            *words = _mm512_permutexvar_epi16(places, row);
         }
-        for (i, pairs) in transposed(d.base(), square).into_iter().enumerate() {
-            let to = &mut out[(i * shape.vectors + vector) * LANES..][..LANES];
+        let square = transposed(d.base(), square);
+        let mut put = |unit: usize, vector: usize, words: __m512i| {
+            let to = &mut out[(unit * shape.vectors + vector) * LANES..][..LANES];
             // SAFETY: the slice is a vector.
-            unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), pairs) };
+            unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), words) };
+        };
+        if shape.pairs == 1 {
+            for (unit, words) in square.into_iter().enumerate() {
+                put(unit, first, words);
+            }
+            continue;
         }
-    }
-}
-
-/// `P` pairs of each token in a vector.
-#[inline(always)]
-fn several<const P: usize>(
-    shape: Shape,
-    tokens: impl Iterator<Item = __m512i>,
-    out: &mut [u32],
-) {
-    for (t, token) in tokens.enumerate() {
-        let mut words = [0u32; LANES];
-        // SAFETY: the array is a vector; the caller holds a proof of AVX-512 F.
-        unsafe { _mm512_storeu_si512(words.as_mut_ptr().cast(), token) };
-        let units = out[t * P..].chunks_mut(shape.vectors * LANES);
-        for (pairs, unit) in words.as_chunks::<P>().0.iter().zip(units) {
-            unit[..P].copy_from_slice(pairs);
+        for (unit, words) in square.as_chunks::<2>().0.iter().enumerate() {
+            for (vector, two) in (first..shape.vectors).zip(two) {
+                put(unit, vector, _mm512_permutex2var_epi32(words[0], two, words[1]));
+            }
         }
     }
 }

@@ -6,6 +6,7 @@ use std::arch::x86_64::*;
 use std::sync::atomic::{Ordering, compiler_fence};
 
 use super::super::ahead::{AHEAD, Ahead, Steps};
+use super::super::avx512::transposed;
 use super::super::bf16::pairs;
 use super::super::lanes::{Dot, Vector};
 use super::{CHUNK, LANES, PAIRS, QUAD, Shape, Tokens};
@@ -51,7 +52,7 @@ pub fn strips(
             }
         };
     }
-    shapes!((10, 4, 2), (8, 2, 2), (6, 2, 3), (8, 1, 2), (8, 1, 3), (6, 1, 4));
+    shapes!((8, 2, 2), (6, 2, 3), (8, 1, 2), (8, 1, 3));
 }
 
 /// A chunk of each row of a strip in memory.
@@ -98,7 +99,6 @@ fn part<const R: usize, const P: usize, const G: usize>(
     let strips = count.div_ceil(R);
     let steps = strips * columns.div_ceil(width);
     scratch.sums.resize((strips * R).next_multiple_of(LANES) * G * LANES);
-    scratch.sums.fill(0.0);
     scratch.words.resize(2 * R * WORDS);
     let (mut now, mut then) = scratch.words.split_at_mut(R * WORDS);
     let table = d.table(&tokens.values);
@@ -206,7 +206,7 @@ impl Chunk<'_> {
                             *activations = d.activations(x.add(g * LANES).cast());
                         }
                         x = x.add(G * LANES);
-                        let words = words.add(unit * P / 4 * LANES + unit * P % 4);
+                        let words = words.add(unit * P / STEPS * LANES + unit * P % STEPS);
                         for (row, acc) in acc.iter_mut().enumerate() {
                             let weights = broadcast::<P>(words.add(row * WORDS));
                             for (acc, activations) in acc.iter_mut().zip(activations) {
@@ -244,11 +244,21 @@ unsafe fn broadcast<const P: usize>(from: *const u32) -> __m512bh {
     pairs(unsafe {
         match P {
             1 => _mm512_set1_epi32(from.cast::<i32>().read_unaligned()),
-            2 => _mm512_set1_epi64(from.cast::<i64>().read_unaligned()),
-            _ => _mm512_broadcast_i32x4(_mm_loadu_si128(from.cast())),
+            _ => _mm512_set1_epi64(from.cast::<i64>().read_unaligned()),
         }
     })
 }
+
+/// The lanes of two vectors with an even number, and those with an odd one.
+const EVEN_ODD: [[u32; LANES]; 2] = {
+    let mut places = [[0; LANES]; 2];
+    let mut i = 0;
+    while i < 2 * LANES {
+        places[i % 2][i / 2] = i as u32;
+        i += 1;
+    }
+    places
+};
 
 /// The sums of [`strips`] times `factor`: rows of as many as `count` asks for, rounded up, one for
 /// each of `m` tokens.
@@ -263,23 +273,32 @@ fn by_tokens(
     let padded = count.next_multiple_of(LANES);
     let of_row = shape.vectors * LANES;
     scratch.columns.resize(m * padded);
-    let mut square = [0.0f32; LANES * LANES];
+    // SAFETY: tables of sixty-four bytes.
+    let [even, odd] =
+        EVEN_ODD.map(|places| unsafe { _mm512_loadu_si512(places.as_ptr().cast()) });
     for row in (0..count).step_by(LANES) {
-        for vector in 0..shape.vectors {
-            let from = &scratch.sums[row * of_row + vector * LANES..];
-            assert!(from.len() >= (LANES - 1) * of_row + LANES);
-            // SAFETY: the assertion counts what is read.
-            unsafe { d.transpose(from.as_ptr().cast(), of_row, square.as_mut_ptr().cast(), LANES) };
-            let tokens = square.chunks_exact(shape.pairs * LANES);
-            for (token, lanes) in (vector * shape.tokens()..m).zip(tokens) {
-                let mut sum = d.splat(0.0);
-                let to = &mut scratch.columns[token * padded + row..][..LANES];
-                for lane in lanes.chunks_exact(LANES) {
+        for (group, first) in (0..shape.vectors).step_by(shape.pairs).enumerate() {
+            let sums = &scratch.sums[row * of_row..][..LANES * of_row];
+            let mut square = [_mm512_setzero_si512(); LANES];
+            for (tokens, sums) in square.iter_mut().zip(sums.chunks_exact(of_row)) {
+                let mut vectors = sums[first * LANES..].chunks_exact(LANES).map(|sums| {
                     // SAFETY: the chunk is a vector.
-                    sum = d.add(sum, unsafe { d.load(lane.as_ptr()) });
+                    unsafe { d.load(sums.as_ptr()) }
+                });
+                let mut next = || vectors.next().unwrap_or(_mm512_setzero_ps());
+                let mut sum = next();
+                if shape.pairs == 2 {
+                    let (low, high) = (sum, next());
+                    let half = |places| _mm512_permutex2var_ps(low, places, high);
+                    sum = _mm512_add_ps(half(even), half(odd));
                 }
+                *tokens = _mm512_castps_si512(_mm512_mul_ps(sum, _mm512_set1_ps(factor)));
+            }
+            let tokens = transposed(d.base(), square);
+            for (token, rows) in (group * LANES..m).zip(tokens) {
+                let to = &mut scratch.columns[token * padded + row..][..LANES];
                 // SAFETY: the slice is a vector.
-                unsafe { d.store(d.mul(sum, d.splat(factor)), to.as_mut_ptr()) };
+                unsafe { d.store(_mm512_castsi512_ps(rows), to.as_mut_ptr()) };
             }
         }
     }
