@@ -242,6 +242,40 @@ fn large_products_are_those_of_the_definition() {
     }
 }
 
+/// As many rows of activations as fill vectors, for weights whose last chunk, strip or stretch of
+/// columns is short.
+#[test]
+fn products_of_full_vectors_are_those_of_the_definition() {
+    for (m, format, blocksize, rows, columns) in [
+        (15, Format::Nf4, 64, 13, 192),
+        (16, Format::Nf4, 64, 150, 4096),
+        (16, Format::Fp4, 128, 8, 1280),
+        (16, Format::Int4, 4096, 33, 8192),
+        (16, Format::Mxfp4, 32, 31, 416),
+        (16, Format::Nf4, 64, 7, 256),
+        (30, Format::Int4, 32, 41, 352),
+        (32, Format::Nf4, 64, 13, 8256),
+        (32, Format::Mxfp4, 32, 139, 1024),
+        (47, Format::Nf4, 64, 70, 1088),
+        (48, Format::Fp4, 256, 9, 5632),
+    ] {
+        for nested in [false, true] {
+            let case = Case {
+                format,
+                blocksize: Some(blocksize),
+                nested: nested && format.spec().nestable,
+                rows,
+                columns,
+                m,
+                bias: !nested,
+                threads: 2,
+                seed: 17,
+            };
+            check::<bf16>(&case).unwrap();
+        }
+    }
+}
+
 /// Gradients whose sums are taken apart: by threads, and by stretches of columns, the last of which
 /// is short.
 #[test]

@@ -2,7 +2,7 @@
 //! whole. The definition, and how far a result may be from it: `quant::product`.
 //!
 //! [`few`] reads packed rows once for up to four rows of activations; [`many`] decodes panels into
-//! the cache for more. Weights whose rows are not whole blocks of four-bit codes are decoded row
+//! the cache for more, and `tokens` rows, where tokens fill vectors. Weights whose rows are not whole blocks of four-bit codes are decoded row
 //! by row first.
 
 mod ahead;
@@ -249,7 +249,7 @@ fn linear<D: Engine, T: Lanes>(d: D, job: &Job<'_, T>, out: &Out<'_, T>) {
                 None => dense_rows(d, job, x, m, &out),
             },
             #[cfg(target_arch = "x86_64")]
-            Some(values) if token_rows(job, values, x, m, &out) => {}
+            Some(values) if tokens::rows(job, values, x, m, &out) => {}
             codebook => many_rows(d, job, codebook, x, m, &out),
         }
     }
@@ -388,23 +388,6 @@ fn dense_rows<D: Engine, T: Lanes>(d: D, job: &Job<'_, T>, x: &[T], m: usize, ou
 fn decode_dense<T, X: Lanes>(one: &Cpu, job: &Job<'_, T>, row: usize, at: usize, out: &mut [X]) {
     let decoded = one.dequantize_range(job.q, row * job.columns + at, out);
     debug_assert!(decoded.is_ok());
-}
-
-/// [`tokens::rows`], where the machine has the instructions and activations are bf16.
-#[cfg(target_arch = "x86_64")]
-fn token_rows<T: Lanes>(
-    job: &Job<'_, T>,
-    values: &[f32; 16],
-    x: &[T],
-    m: usize,
-    out: &Out<'_, T>,
-) -> bool {
-    match job.cpu.isa {
-        Isa::Avx512Ext(d) if T::DTYPE == Dtype::BF16 => {
-            tokens::rows(d, job, values, bytemuck::cast_slice(x), m, out)
-        }
-        _ => false,
-    }
 }
 
 fn many_rows<D: Engine, T: Lanes>(

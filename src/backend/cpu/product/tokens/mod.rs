@@ -21,7 +21,8 @@ use super::out::Out;
 use super::{Job, PARTS, parts};
 use crate::backend::cpu::aligned::Aligned;
 use crate::backend::cpu::avx512::Avx512Ext;
-use crate::backend::cpu::{Lanes, scales, threads};
+use crate::backend::cpu::{Isa, Lanes, scales, threads};
+use crate::dtype::Dtype;
 use crate::tensor::Scales;
 
 /// Columns of a chunk: the codes of a vector.
@@ -53,12 +54,15 @@ struct Shape {
 
 impl Shape {
     /// The quickest for so many tokens, where it beats panels: measured with each number of them.
-    fn of(m: usize) -> Option<Self> {
+    /// Lanes without a token take as long as others. With two pairs a vector, blocks of [`QUAD`]
+    /// are too short for sums that are spread over more vectors, and rows whose activations do
+    /// not stay near are slower.
+    fn of(m: usize, columns: usize, blocksize: usize) -> Option<Self> {
+        let near = m * columns * size_of::<bf16>() <= NEAR;
         let (rows, pairs, vectors) = match m {
-            13..=16 => (8, 2, 2),
-            21..=24 => (6, 2, 3),
-            27..=32 => (8, 1, 2),
-            43..=48 => (8, 1, 3),
+            15..=16 if blocksize > QUAD && near => (8, 2, 2),
+            30..=32 => (8, 1, 2),
+            47..=48 => (8, 1, 3),
             _ => return None,
         };
         Some(Self { rows, pairs, vectors })
@@ -102,15 +106,6 @@ impl Tokens<'_> {
     fn lowest(&self, row: usize) -> usize {
         row.min(self.rows - self.shape.rows)
     }
-
-    /// The share of the scales of a strip that belongs to a step, or to what there is of it.
-    fn scale_bytes(&self, row: usize, (k, width): (usize, usize)) -> &[u8] {
-        let scales = self.shape.rows * self.blocks();
-        let cut = |k: usize| row * self.blocks() + scales * k / self.columns;
-        let (from, to) = (cut(k), cut((k + width).min(self.columns)));
-        bytemuck::cast_slice(self.plain.get(from..to).unwrap_or_default())
-    }
-
     /// Columns that are multiplied before the next ones are.
     fn width(&self) -> usize {
         let fit = NEAR / (self.shape.tokens() * self.shape.vectors * size_of::<bf16>());
@@ -119,17 +114,22 @@ impl Tokens<'_> {
     }
 }
 
-/// `out[m][n]` for `m` rows of activations, if this is the quickest way.
+/// `out[m][n]` for `m` rows of activations, if this is the quickest way and the machine can do it.
 pub fn rows<T: Lanes>(
-    d: Avx512Ext,
     job: &Job<'_, T>,
     values: &[f32; 16],
-    x: &[bf16],
+    x: &[T],
     m: usize,
     out: &Out<'_, T>,
 ) -> bool {
-    let Some(shape) = Shape::of(m).filter(|shape| shape.rows <= job.rows) else { return false };
+    let Isa::Avx512Ext(d) = job.cpu.isa else { return false };
+    if T::DTYPE != Dtype::BF16 {
+        return false;
+    }
+    let x: &[bf16] = bytemuck::cast_slice(x);
     let layout = job.q.layout();
+    let shape = Shape::of(m, job.columns, layout.blocksize);
+    let Some(shape) = shape.filter(|shape| shape.rows <= job.rows) else { return false };
     let threads = job.threads(m);
     let mut spread = Aligned::zeroed(job.columns / QUAD * shape.quad());
     spread::spread(d, shape, threads, (x, job.columns), &mut spread);

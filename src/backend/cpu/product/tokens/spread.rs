@@ -32,6 +32,9 @@ const PLACES: [u16; QUAD] = {
     places
 };
 
+/// Activations that are worth another thread: fewer are spread while it wakes up.
+const WORTH: usize = 1 << 18;
+
 /// Spreads rows of `columns` activations, zeros for tokens that there are not.
 pub fn spread(
     d: Avx512Ext,
@@ -41,8 +44,9 @@ pub fn spread(
     out: &mut [u32],
 ) {
     let (quads, length) = (columns / QUAD, shape.quad());
+    let threads = threads.min(x.len() / WORTH + 1);
+    let together = quads.div_ceil(if threads == 1 { 1 } else { threads * PARTS });
     let out = Out::new(out, length);
-    let together = quads.div_ceil(threads * PARTS);
     threads::share(threads, quads.div_ceil(together), |part| {
         for quad in part * together..quads.min((part + 1) * together) {
             // SAFETY: every part of the work writes rows of its own; `d` exists, so the machine

@@ -52,7 +52,7 @@ pub fn strips(
             }
         };
     }
-    shapes!((8, 2, 2), (6, 2, 3), (8, 1, 2), (8, 1, 3));
+    shapes!((8, 2, 2), (8, 1, 2), (8, 1, 3));
 }
 
 /// A chunk of each row of a strip in memory.
@@ -122,10 +122,13 @@ fn part<const R: usize, const P: usize, const G: usize>(
         let end = (start + width).min(columns);
         let mut ahead = {
             let (row, k) = place(step + lead);
-            let scales = tokens.scale_bytes(row, (k, width));
-            let packed = (tokens.packed, row_bytes);
-            let width = width.min(columns - k) / 2;
-            Ahead::new(packed, (row, R), (k / 2, width), scales).steps((end - start) / QUAD)
+            let (rows, width) = ((row, R), width.min(columns - k));
+            let codes = Ahead::new((tokens.packed, row_bytes), rows, (k / 2, width / 2), &[]);
+            // Four bytes each.
+            let (at, width) = (4 * k / tokens.blocksize, 4 * width / tokens.blocksize);
+            let scales = (bytemuck::cast_slice(tokens.plain), 4 * blocks);
+            let scales = Ahead::new(scales, rows, (at, width), &[]);
+            [codes, scales].map(|ahead| ahead.steps((end - start) / QUAD))
         };
         let sums = &mut scratch.sums[step % strips * R * G * LANES..][..R * G * LANES];
         for k in (start..end).step_by(CHUNK) {
@@ -181,7 +184,7 @@ impl Chunk<'_> {
         &self,
         d: Avx512Ext,
         then: &mut [u32],
-        ahead: &mut Steps<'_>,
+        ahead: &mut [Steps<'_>; 2],
         sums: *mut f32,
     ) {
         let per = const { R.div_ceil(STEPS) };
@@ -198,7 +201,9 @@ impl Chunk<'_> {
                             self.next.decode(d, self.table, row, then.as_mut_ptr());
                         }
                     }
-                    ahead.fetch(d);
+                    for ahead in ahead.iter_mut() {
+                        ahead.fetch(d);
+                    }
                     let words = self.words.as_ptr().add(quad * STEPS);
                     for unit in 0..const { PAIRS / P } {
                         let mut activations = [d.activations(x.cast()); G];
@@ -274,8 +279,7 @@ fn by_tokens(
     let of_row = shape.vectors * LANES;
     scratch.columns.resize(m * padded);
     // SAFETY: tables of sixty-four bytes.
-    let [even, odd] =
-        EVEN_ODD.map(|places| unsafe { _mm512_loadu_si512(places.as_ptr().cast()) });
+    let [even, odd] = EVEN_ODD.map(|places| unsafe { _mm512_loadu_si512(places.as_ptr().cast()) });
     for row in (0..count).step_by(LANES) {
         for (group, first) in (0..shape.vectors).step_by(shape.pairs).enumerate() {
             let sums = &scratch.sums[row * of_row..][..LANES * of_row];
