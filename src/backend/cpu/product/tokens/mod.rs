@@ -20,7 +20,6 @@ use super::narrow::narrow;
 use super::out::Out;
 use super::{Job, PARTS, parts};
 use crate::backend::cpu::aligned::Aligned;
-use crate::backend::cpu::avx512::Avx512Ext;
 use crate::backend::cpu::{Isa, Lanes, scales, threads};
 use crate::dtype::Dtype;
 use crate::tensor::Scales;
