@@ -60,8 +60,8 @@ impl Shape {
         let near = m * columns * size_of::<bf16>() <= NEAR;
         let (rows, pairs, vectors) = match m {
             15..=16 if blocksize > QUAD && near => (8, 2, 2),
-            30..=32 => (8, 1, 2),
-            47..=48 => (8, 1, 3),
+            31..=32 => (8, 1, 2),
+            48 => (8, 1, 3),
             _ => return None,
         };
         Some(Self { rows, pairs, vectors })
