@@ -13,7 +13,7 @@ use super::few::FEW;
 use super::lanes::{CODES, panel_rows};
 use super::out::Out;
 use super::stretch::{Gradients, RowScales, Run, Stretch, ordered};
-use super::tiles::Panel;
+use super::tiles::{Panel, To};
 use super::{BATCH, Job, Lanes, converted, decode_dense, scales, threads};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::aligned::Aligned;
@@ -213,7 +213,8 @@ fn coded_stretch<D: Engine, T: Lanes>(
         for (c, sums) in sums.chunks_exact_mut(m * chunk).enumerate() {
             d.panels(&stretch, &run, c, &mut panels);
             for (units, sums) in panels.chunks_exact(apart).zip(sums.chunks_exact_mut(m * lanes)) {
-                d.tiles(&Panel { units: &units[..length] }, x, gradients.stride, m, sums);
+                let to = To { sums, fresh: first == 0, done: None };
+                d.tiles(&Panel { units: &units[..length] }, x, gradients.stride, m, to);
             }
         }
     }
@@ -280,7 +281,8 @@ fn dense_stretch<D: Engine, T: Lanes>(
                 weave(rows, panel * lanes, unit);
             }
             let panel = Panel { units: &units[..length * lanes] };
-            d.tiles(&panel, &gradients.x[row..], gradients.stride, m, sums);
+            let to = To { sums, fresh: row == 0, done: None };
+            d.tiles(&panel, &gradients.x[row..], gradients.stride, m, to);
         }
     }
     for (panel, sums) in sums.chunks_exact(m * lanes).enumerate() {

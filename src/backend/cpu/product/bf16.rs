@@ -141,16 +141,29 @@ impl Dot for Avx512Ext {
     /// segment; measured at 64, 256 and 512 rows.
     const ROUNDED_FROM: usize = 256;
     #[inline(always)]
-    fn rounded(self, values: &[f32; 16], words: __m512i, scales: __m512) -> __m512bh {
-        // SAFETY: the proof implies AVX-512 F, BW and BF16; `values` is sixteen numbers. The
-        // permutation of numbers reads four bits of an index; that of halves puts those of the
-        // upper codes beside those of the lower ones.
+    unsafe fn store_scaled(
+        self,
+        values: &[f32; 16],
+        words: __m512i,
+        scales: __m512,
+        to: *mut u32,
+        apart: usize,
+    ) {
+        // SAFETY: the proof implies AVX-512 F, BW and BF16; `values` is sixteen numbers, and the
+        // caller vouches for `to`. The permutation of numbers reads four bits of an index; that of
+        // halves puts second elements of bytes beside first ones.
         unsafe {
             let table = _mm512_loadu_ps(values.as_ptr());
+            let places = _mm512_loadu_si512(PAIRS.as_ptr().cast());
             let value = |codes| _mm512_mul_ps(_mm512_permutexvar_ps(codes, table), scales);
-            let (low, high) = (value(words), value(_mm512_srli_epi32::<16>(words)));
-            let halves = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
-            pairs(_mm512_permutexvar_epi16(_mm512_loadu_si512(PAIRS.as_ptr().cast()), halves))
+            let (mut first, mut second) = (_mm512_srli_epi32::<4>(words), words);
+            for byte in 0..Self::STEPS {
+                let halves = _mm512_cvtne2ps_pbh(value(second), value(first));
+                let halves = std::mem::transmute::<__m512bh, __m512i>(halves);
+                let units = _mm512_permutexvar_epi16(places, halves);
+                _mm512_storeu_si512(to.add(byte * apart).cast(), units);
+                (first, second) = (_mm512_srli_epi32::<8>(first), _mm512_srli_epi32::<8>(second));
+            }
         }
     }
     #[inline(always)]

@@ -2,6 +2,7 @@
 
 use super::super::Lanes;
 use super::lanes::Vector;
+use super::out::Out;
 
 /// `out[m]`: the products of one row of the weight with rows of activations of the same length.
 #[inline(always)]
@@ -49,6 +50,25 @@ pub fn finish<V: Vector, T: Lanes>(v: V, sums: &[f32], bias: Option<&[f32]>, out
     }
     for i in i..length {
         out[i] = T::from_f32(sums[i] + bias.map_or(0.0, |bias| bias[i]));
+    }
+}
+
+/// The same for rows of sums, `pitch` apart: columns from `first` on of rows from `row` on. There
+/// are as many columns as in `bias`, if it is given, and at most `count`.
+///
+/// # Safety
+/// Nothing else uses these elements of `out` meanwhile.
+#[inline(always)]
+pub unsafe fn finish_rows<V: Vector, T: Lanes>(
+    v: V,
+    (sums, pitch): (&[f32], usize),
+    bias: Option<&[f32]>,
+    out: &Out<'_, T>,
+    (row, first, count): (usize, usize, usize),
+) {
+    for (i, sums) in sums.chunks_exact(pitch).enumerate() {
+        // SAFETY: the caller's.
+        finish(v, sums, bias, unsafe { out.part(row + i, first, count) });
     }
 }
 

@@ -14,9 +14,10 @@ use super::down::Down;
 use super::few::Few;
 use super::lanes::Dot;
 use super::many::{Many, Scratch};
+use super::out::Out;
 use super::portable::Portable;
 use super::stretch::{self, Gradients, Run, Stretch};
-use super::tiles::{self, Panel};
+use super::tiles::{self, Panel, To};
 use super::{dense, few, many};
 
 /// What the driver calls; each is documented at the function of the same name.
@@ -32,7 +33,7 @@ pub trait Engine: Down + Send + Sync {
         to: &mut Scratch<Self::X>,
     );
     /// [`tiles::tiles`]
-    fn tiles(self, panel: &Panel<'_>, x: &[Self::X], stride: usize, m: usize, sums: &mut [f32]);
+    fn tiles(self, panel: &Panel<'_>, x: &[Self::X], stride: usize, m: usize, to: To<'_>);
     /// [`stretch::few`]
     fn few_columns(
         self,
@@ -49,6 +50,19 @@ pub trait Engine: Down + Send + Sync {
     fn dense_row(self, weights: &[f32], x: &[f32], out: &mut [f32]);
     /// [`dense::finish`]
     fn finish<T: Lanes>(self, sums: &[f32], bias: Option<&[f32]>, out: &mut [T]);
+    /// [`dense::finish_rows`]
+    ///
+    /// # Safety
+    /// Its own.
+    unsafe fn finish_rows<T: Lanes>(
+        self,
+        sums: (&[f32], usize),
+        bias: Option<&[f32]>,
+        out: &Out<'_, T>,
+        place: (usize, usize, usize),
+    );
+    /// [`few::prepare`] for single words
+    fn prepare(self, row: &[Self::X], out: &mut [Self::X]);
     /// [`dense::widen`]
     fn widen<T: Lanes>(self, x: &[T], out: &mut [f32]);
 }
@@ -94,7 +108,7 @@ macro_rules! engine {
                 x: &[Self::X],
                 stride: usize,
                 m: usize,
-                sums: &mut [f32],
+                to: To<'_>,
             ) {
                 $(#[$enable])?
                 fn inner(
@@ -103,11 +117,11 @@ macro_rules! engine {
                     x: &[<$isa as Dot>::X],
                     stride: usize,
                     m: usize,
-                    sums: &mut [f32],
+                    to: To<'_>,
                 ) {
-                    tiles::tiles(d, panel, x, stride, m, Ahead::NOTHING, sums);
+                    tiles::tiles(d, panel, x, stride, m, Ahead::NOTHING, to);
                 }
-                $call!(inner(self, panel, x, stride, m, sums));
+                $call!(inner(self, panel, x, stride, m, to));
             }
             fn few_columns(
                 self,
@@ -168,6 +182,34 @@ macro_rules! engine {
                 }
                 $call!(inner(self, sums, bias, out));
             }
+            unsafe fn finish_rows<T: Lanes>(
+                self,
+                sums: (&[f32], usize),
+                bias: Option<&[f32]>,
+                out: &Out<'_, T>,
+                place: (usize, usize, usize),
+            ) {
+                $(#[$enable])?
+                unsafe fn inner<T: Lanes>(
+                    d: $isa,
+                    sums: (&[f32], usize),
+                    bias: Option<&[f32]>,
+                    out: &Out<'_, T>,
+                    place: (usize, usize, usize),
+                ) {
+                    // SAFETY: the caller's.
+                    unsafe { dense::finish_rows(d, sums, bias, out, place) };
+                }
+                // SAFETY: the caller's; `self` exists, so the machine has the features.
+                unsafe { inner(self, sums, bias, out, place) };
+            }
+            fn prepare(self, row: &[Self::X], out: &mut [Self::X]) {
+                $(#[$enable])?
+                fn inner(_: $isa, row: &[<$isa as Dot>::X], out: &mut [<$isa as Dot>::X]) {
+                    few::prepare::<$isa>(row, 1, out);
+                }
+                $call!(inner(self, row, out));
+            }
             fn widen<T: Lanes>(self, x: &[T], out: &mut [f32]) {
                 $(#[$enable])?
                 fn inner<T: Lanes>(d: $isa, x: &[T], out: &mut [f32]) {
@@ -189,8 +231,8 @@ engine!(Portable, plain);
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod vectors {
     use super::{
-        Ahead, Bytes, Dot, Engine, Few, Gradients, Lanes, Many, Panel, Run, Scratch, Stretch,
-        bytes, dense, few, many, stretch, tiles,
+        Ahead, Bytes, Dot, Engine, Few, Gradients, Lanes, Many, Out, Panel, Run, Scratch, Stretch,
+        To, bytes, dense, few, many, stretch, tiles,
     };
     #[cfg(target_arch = "x86_64")]
     use super::{Avx2, Avx512, Avx512Ext};

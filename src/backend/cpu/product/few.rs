@@ -39,6 +39,7 @@ pub struct Few<'a, X> {
 
 /// Puts a row of activations in the order in which chunks of `8 * lanes` codes are decoded: step
 /// by step, word by word. `out` is padded with zeros to whole chunks.
+#[inline(always)]
 pub fn prepare<D: Dot>(row: &[D::X], lanes: usize, out: &mut [D::X]) {
     let chunk = CODES * lanes;
     let (whole, rest) = row.split_at(row.len() - row.len() % chunk);
@@ -58,6 +59,7 @@ pub fn prepare<D: Dot>(row: &[D::X], lanes: usize, out: &mut [D::X]) {
 }
 
 /// Chunks of one word: an order of eight numbers that the compiler knows.
+#[inline(always)]
 fn prepare_words<D: Dot>(x: &[D::X], out: &mut [D::X]) {
     let per = CODES / D::STEPS;
     let (words, _) = x.as_chunks::<CODES>();
@@ -69,6 +71,7 @@ fn prepare_words<D: Dot>(x: &[D::X], out: &mut [D::X]) {
     }
 }
 
+#[inline(always)]
 fn prepare_chunk<D: Dot>(x: &[D::X], out: &mut [D::X]) {
     let per = CODES / D::STEPS;
     let (words, _) = x.as_chunks::<CODES>();

@@ -120,9 +120,27 @@ pub trait Dot: Vector {
     /// Rows of activations from which on even weights whose scales come late are scaled and
     /// rounded to an `X`, once for all rows, because it takes less time than to scale all sums.
     const ROUNDED_FROM: usize = usize::MAX;
-    /// Decoded values times the scales of their lanes, rounded once to `X`.
-    fn rounded(self, values: &[f32; 16], words: Self::Words, scales: Self::F) -> Self::Values {
-        self.scaled(self.decode(self.table(values), words), scales)
+    /// Writes the units of a chunk times the scales of their lanes, rounded once to `X`, in the
+    /// order in which their elements lie in a row; `apart` is how far one is from the next.
+    ///
+    /// # Safety
+    /// `LANES` units can be written at `to` and at each of the other places.
+    #[inline(always)]
+    unsafe fn store_scaled(
+        self,
+        values: &[f32; 16],
+        mut words: Self::Words,
+        scales: Self::F,
+        to: *mut u32,
+        apart: usize,
+    ) {
+        let table = self.table(values);
+        for step in 0..Self::STEPS {
+            let values = self.scaled(self.decode(table, words), scales);
+            // SAFETY: the caller's. The first of a pair is in the high half of its byte.
+            unsafe { self.store_values(values, to.add((step ^ 1) * apart)) };
+            words = self.next(words, step);
+        }
     }
     /// `a * b`, added up within a word.
     fn first(self, a: Self::Values, b: Self::Values) -> Self::F;

@@ -4,9 +4,11 @@
 //! of narrow ones), `2 * LANES` units each. It is small enough for the first-level cache and is
 //! used for all rows of activations before the next one is made.
 
+use std::ops::Range;
+
 use super::ahead::Ahead;
 use super::lanes::{CODES, Dot, panel_rows};
-use super::tiles::{Coded, HIGH_TILE, Panel, TILE, Tiles, Unscaled, tiles};
+use super::tiles::{Coded, HIGH_TILE, Panel, TILE, Tiles, To, Unscaled, tiles};
 use crate::backend::cpu::aligned::Aligned;
 
 /// Elements of a row of the weight in a panel of decoded weights; a multiple of any chunk.
@@ -17,6 +19,10 @@ const STRETCH: usize = 2048;
 
 /// Elements from one row of them to the next: a power of two would share few sets of the cache.
 const DENSE_ROW: usize = STRETCH + 32;
+
+/// The longest rows that a panel holds as a whole: it stays in the second-level cache, and sums are
+/// never put away to be taken up again.
+const WHOLE: usize = 1536;
 
 /// The same where codes are decoded for each tile and there are only one or two of them: to begin
 /// a panel costs more than what could be done beside its transposition.
@@ -73,10 +79,14 @@ pub struct Many<'a, X> {
     pub columns: usize,
     /// Rows of activations.
     pub m: usize,
-    /// Rows of `stride` activations, in the order of the units of a panel, zeros behind them.
+    /// Rows of `stride` activations: where codes are decoded for each tile or scales come late
+    /// ([`late`]) in the order of their steps, else as they are, zeros behind the last one.
     pub x: &'a [X],
     /// Activations of a row.
     pub stride: usize,
+    /// Takes sums that are done: of which rows of the weight, from which row of activations on, and
+    /// [`panel_rows`] sums of each.
+    pub finish: &'a (dyn Fn(Range<usize>, usize, &[f32]) + Sync),
 }
 
 /// Memory of one thread.
@@ -89,13 +99,17 @@ pub struct Scratch<X> {
     row_scales: Aligned<f32>,
     /// The scales of all blocks of the rows, rows in lanes.
     scales: Aligned<f32>,
-    /// Sums: `m` rows of [`panel_rows`] for each strip.
-    pub sums: Aligned<f32>,
+    /// Sums: `m` rows of [`panel_rows`] for each strip, or those of a tile.
+    sums: Aligned<f32>,
 }
 
-/// Sums for `count` rows of the weight from `first` on, at most [`STRIPS`] times
-/// [`panel_rows`], into `scratch.sums`: those of one strip of [`panel_rows`] behind those of
-/// another.
+/// Whether scales are applied to sums.
+pub const fn late<D: Dot>(m: usize) -> bool {
+    D::LATE && m < D::ROUNDED_FROM
+}
+
+/// The products with `count` rows of the weight from `first` on, at most [`STRIPS`] times
+/// [`panel_rows`].
 #[inline(always)]
 pub fn strips<D: Dot>(
     d: D,
@@ -104,15 +118,12 @@ pub fn strips<D: Dot>(
     count: usize,
     scratch: &mut Scratch<D::X>,
 ) {
-    let rows = panel_rows::<D>();
-    scratch.sums.resize(count.div_ceil(rows) * many.m * rows);
-    scratch.sums.fill(0.0);
     match &many.source {
         Source::Codes(codes) => coded_strips(d, many, codes, (first, count), scratch),
         Source::Dense(decode) => {
-            for strip in 0..count.div_ceil(rows) {
-                let count = rows.min(count - strip * rows);
-                dense_strip(d, many, *decode, (first + strip * rows, count), strip, scratch);
+            let rows = panel_rows::<D>();
+            for at in (first..first + count).step_by(rows) {
+                dense_strip(d, many, *decode, (at, rows.min(first + count - at)), scratch);
             }
         }
     }
@@ -144,10 +155,17 @@ fn coded_strips<D: Dot>(
     }
     let table = d.table(&codes.values);
     let high = <Coded<'_, D> as Tiles<D>>::ROWS == HIGH_TILE;
-    let late = D::LATE && many.m < D::ROUNDED_FROM;
+    let late = late::<D>(many.m);
     let on_the_fly = late && (high || many.m <= ON_THE_FLY);
     let wide = on_the_fly && many.m <= 2 * HIGH_TILE;
-    let most = depth::<D>(many.m, if wide { CODED_WIDTH } else { WIDTH });
+    let whole = many.columns <= WHOLE;
+    let most = match () {
+        () if whole => many.columns,
+        () => depth::<D>(many.m, if wide { CODED_WIDTH } else { WIDTH }),
+    };
+    // Sums of a tile, or of all of them.
+    let of_strip = if whole { HIGH_TILE.min(many.m) } else { many.m } * rows;
+    scratch.sums.resize(if whole { of_strip } else { strips * of_strip });
     let scale_bytes = codes.scale_bytes(first + count, count, blocks);
     for k in (0..many.columns).step_by(most) {
         let width = most.min(many.columns - k);
@@ -176,20 +194,32 @@ fn coded_strips<D: Dot>(
                 Ahead::new(packed, (row, rows), (k / 2, width / 2), scales)
             };
             let (x, stride, m) = (&many.x[k..], many.stride, many.m);
-            let sums = &mut scratch.sums[strip * m * rows..][..m * rows];
+            let sums = if whole { 0 } else { strip * of_strip };
+            let finish = |i: usize, sums: &[f32]| (many.finish)(at..at + present, i, sums);
+            let to = To {
+                sums: &mut scratch.sums[sums..sums + of_strip],
+                fresh: k == 0,
+                done: whole.then_some(&finish),
+            };
             if on_the_fly {
-                tiles(d, &coded, x, stride, m, ahead, sums);
+                tiles(d, &coded, x, stride, m, ahead, to);
             } else {
                 scratch.panel.resize(width / per * rows);
                 decode(d, &coded, (!late).then_some(&codes.values), &mut scratch.panel);
                 let units = &scratch.panel[..];
                 if late {
                     let panel = Unscaled { units, segment: segment / per, scales };
-                    tiles(d, &panel, x, stride, m, ahead, sums);
+                    tiles(d, &panel, x, stride, m, ahead, to);
                 } else {
-                    tiles(d, &Panel { units }, x, stride, m, ahead, sums);
+                    tiles(d, &Panel { units }, x, stride, m, ahead, to);
                 }
             }
+        }
+    }
+    if !whole {
+        for (strip, sums) in scratch.sums.chunks_exact(of_strip).enumerate() {
+            let at = first + strip * rows;
+            (many.finish)(at..(at + rows).min(first + count), 0, sums);
         }
     }
 }
@@ -211,10 +241,9 @@ fn dense_strip<D: Dot>(
     many: &Many<'_, D::X>,
     decode: &dyn Fn(usize, usize, &mut [D::X]),
     (first, count): (usize, usize),
-    strip: usize,
     scratch: &mut Scratch<D::X>,
 ) {
-    let rows = panel_rows::<D>();
+    scratch.sums.resize(many.m * panel_rows::<D>());
     for k in (0..many.columns).step_by(WIDTH) {
         let width = WIDTH.min(many.columns - k);
         if k % STRETCH == 0 {
@@ -224,9 +253,10 @@ fn dense_strip<D: Dot>(
         from_dense(d, k % STRETCH, width, scratch);
         let panel = Panel { units: &scratch.panel };
         let (x, stride, m) = (&many.x[k..], many.stride, many.m);
-        let sums = &mut scratch.sums[strip * m * rows..][..m * rows];
-        tiles(d, &panel, x, stride, m, Ahead::NOTHING, sums);
+        let to = To { sums: &mut scratch.sums, fresh: k == 0, done: None };
+        tiles(d, &panel, x, stride, m, Ahead::NOTHING, to);
     }
+    (many.finish)(first..first + count, 0, &scratch.sums);
 }
 
 /// The scales of the `count` rows of a strip, rows in lanes. Rows that are not there get any.
@@ -299,12 +329,15 @@ fn transpose_codes<D: Dot>(
             let at = (first + half * lanes) * row_bytes + k / 2 + c / 2;
             let to = &mut scratch.words[c / CODES * rows + half * lanes..];
             assert!(to.len() >= (lanes - 1) * rows + lanes);
+            // Behind the end of a row that is no whole chunk lie codes that no one reads.
+            let whole = codes.packed.get(at..at + (lanes - 1) * row_bytes + chunk / 2);
             // SAFETY: a chunk of each of `lanes` rows is inside `packed`, or was copied to a square
             // of at most 16 by 16 words; the assertion counts what is written. Rows of whole
             // blocks are multiples of sixteen bytes.
             unsafe {
-                if present == lanes && length == chunk {
-                    let from = &codes.packed[at..at + (lanes - 1) * row_bytes + chunk / 2];
+                if present == lanes
+                    && let Some(from) = whole
+                {
                     d.transpose(from.as_ptr().cast(), row_bytes / 4, to.as_mut_ptr(), rows);
                 } else {
                     let mut square = [0u32; 256];
@@ -320,9 +353,9 @@ fn transpose_codes<D: Dot>(
     }
 }
 
-/// Decodes a panel; scales and rounds with the codebook, if it is given.
+/// Decodes a panel: scaled and in the order of the elements, if the codebook is given for it.
 #[inline(always)]
-fn decode<D: Dot>(d: D, coded: &Coded<'_, D>, rounded: Option<&[f32; 16]>, panel: &mut [u32]) {
+fn decode<D: Dot>(d: D, coded: &Coded<'_, D>, scaled: Option<&[f32; 16]>, panel: &mut [u32]) {
     let (rows, lanes) = (panel_rows::<D>(), D::LANES);
     let words = coded.words.chunks(coded.segment * rows);
     let units = panel.chunks_mut(coded.segment * rows * D::STEPS);
@@ -334,12 +367,13 @@ fn decode<D: Dot>(d: D, coded: &Coded<'_, D>, rounded: Option<&[f32; 16]>, panel
                 unsafe {
                     let scale = d.load(scales.as_ptr().add(half * lanes));
                     let mut codes = d.words(word.as_ptr().add(half * lanes).cast());
+                    let to = units.as_mut_ptr().add(half * lanes);
+                    if let Some(values) = scaled {
+                        d.store_scaled(values, codes, scale, to, rows);
+                        continue;
+                    }
                     for s in 0..D::STEPS {
-                        let values = match rounded {
-                            Some(values) => d.rounded(values, codes, scale),
-                            None => d.decode(coded.table, codes),
-                        };
-                        d.store_values(values, units.as_mut_ptr().add(s * rows + half * lanes));
+                        d.store_values(d.decode(coded.table, codes), to.add(s * rows));
                         codes = d.next(codes, s);
                     }
                 }

@@ -399,43 +399,15 @@ fn many_rows<D: Engine, T: Lanes>(
     out: &Out<'_, T>,
 ) {
     let (layout, columns) = (job.q.layout(), job.columns);
-    let (mut wide, mut ordered) = (Aligned::default(), Aligned::default());
-    let x = converted(d, x, &mut wide);
-    let mut stride = columns;
-    // Codes come in an order of their own; pairs come whole.
-    let x: &[D::X] = if codebook.is_some() || !columns.is_multiple_of(8 / D::STEPS) {
-        stride = columns.next_multiple_of(8);
-        if (stride * size_of::<D::X>()).is_multiple_of(PAGE / 4) {
-            // Rows a power of two apart would share a few sets of the cache.
-            stride += LINE / size_of::<D::X>();
-        }
-        ordered.resize(m * stride);
-        let out = Out::new(&mut ordered, stride);
-        let threads = job.threads(m);
-        // Rows one by one would be taken in less time than it takes to agree on who takes which.
-        let together = m.div_ceil(threads * PARTS);
-        threads::share(threads, m.div_ceil(together), |part| {
-            for i in part * together..m.min((part + 1) * together) {
-                let row = &x[i * columns..(i + 1) * columns];
-                // SAFETY: every part of the work writes rows of its own.
-                let out = unsafe { out.part(i, 0, columns.next_multiple_of(8)) };
-                match codebook {
-                    Some(_) => few::prepare::<D>(row, 1, out),
-                    None => out[..columns].copy_from_slice(row),
-                }
-            }
-        });
-        &ordered
-    } else {
-        x
-    };
+    let mut own = Aligned::default();
+    let (x, stride) = activations(d, job, codebook.is_some(), x, m, &mut own);
     let one = Cpu { threads: 1, ..job.cpu };
     let isa = job.cpu.isa;
     let scales = |first: usize, out: &mut [f32]| scales::decode(isa, job.q.scales(), first, out);
     let decode = |row: usize, at: usize, out: &mut [D::X]| decode_dense(&one, job, row, at, out);
     let source = match codebook {
         Some(values) => {
-            let Narrow { values, factor } = if m < D::ROUNDED_FROM {
+            let Narrow { values, factor } = if many::late::<D>(m) {
                 table::<D>(layout.format, values)
             } else {
                 Narrow::exact(values)
@@ -449,26 +421,66 @@ fn many_rows<D: Engine, T: Lanes>(
         }
         None => Source::Dense(&decode),
     };
-    let many = Many { source, columns, m, x, stride };
     let rows = lanes::panel_rows::<D>();
+    let finish = |of: Range<usize>, i: usize, sums: &[f32]| {
+        let bias = job.bias.map(|bias| &bias[of.clone()]);
+        // SAFETY: every part of the work writes columns of its own.
+        unsafe { d.finish_rows((sums, rows), bias, out, (i, of.start, of.len())) };
+    };
+    let many = Many { source, columns, m, x, stride, finish: &finish };
     let threads = job.threads(m);
     let parts = parts(job.rows.div_ceil(rows), threads);
     threads::share_runs(threads, parts.len(), |part| {
-        let mut scratch = Scratch::default();
         let first = parts[part].start * rows;
         let count = (parts[part].end * rows).min(job.rows) - first;
-        d.strips(&many, first, count, &mut scratch);
-        for i in 0..m {
-            for strip in 0..count.div_ceil(rows) {
-                let first = first + strip * rows;
-                let count = rows.min(job.rows - first);
-                let bias = job.bias.map(|bias| &bias[first..first + count]);
-                let sums = &scratch.sums[(strip * m + i) * rows..][..count];
-                // SAFETY: every part of the work writes columns of its own.
-                d.finish(sums, bias, unsafe { out.part(i, first, count) });
+        d.strips(&many, first, count, &mut Scratch::default());
+    });
+}
+
+/// The activations as [`Many`] wants them, and how far a row is from the next.
+fn activations<'a, D: Engine, T: Lanes>(
+    d: D,
+    job: &Job<'_, T>,
+    coded: bool,
+    x: &'a [T],
+    m: usize,
+    own: &'a mut Aligned<D::X>,
+) -> (&'a [D::X], usize) {
+    let (columns, same) = (job.columns, T::DTYPE == <D::X as Element>::DTYPE);
+    let late = coded && many::late::<D>(m);
+    let bytes = columns * size_of::<D::X>();
+    // Pairs come whole.
+    let whole = columns.is_multiple_of(8 / D::STEPS);
+    if same && !late && whole && !(coded && bytes.is_multiple_of(PAGE / 2)) {
+        return (bytemuck::cast_slice(x), columns);
+    }
+    let mut stride = columns.next_multiple_of(8);
+    if (stride * size_of::<D::X>()).is_multiple_of(PAGE / 4) {
+        // Rows a power of two apart would share a few sets of the cache.
+        stride += LINE / size_of::<D::X>();
+    }
+    own.resize(m * stride);
+    let rows = Out::new(own, stride);
+    let threads = job.threads(m);
+    // Rows one by one would be taken in less time than it takes to agree on who takes which.
+    let together = m.div_ceil(threads * PARTS);
+    threads::share(threads, m.div_ceil(together), |part| {
+        let mut wide = Aligned::default();
+        for i in part * together..m.min((part + 1) * together) {
+            let row = &x[i * columns..(i + 1) * columns];
+            // SAFETY: every part of the work writes rows of its own.
+            let out = unsafe { rows.part(i, 0, columns) };
+            if late {
+                d.prepare(converted(d, row, &mut wide), out);
+            } else if same {
+                out.copy_from_slice(bytemuck::cast_slice(row));
+            } else {
+                // Only f32 kernels take another type than their own.
+                d.widen(row, bytemuck::cast_slice_mut(out));
             }
         }
     });
+    (own, stride)
 }
 
 /// Parts of so many strips, for each thread those of a run: [`STRIPS`] at a time, for which

@@ -16,6 +16,24 @@ pub const HIGH_TILE: usize = 2 * TILE;
 /// Units of a panel without segments of its own between two fetches.
 const SEGMENT: usize = 32;
 
+/// Where the sums of a tile are.
+#[derive(Clone, Copy)]
+pub struct At {
+    sums: *mut f32,
+    /// Whether to begin at zero, whatever is there.
+    fresh: bool,
+}
+
+/// Where sums go.
+pub struct To<'a> {
+    /// [`panel_rows`] sums for each row of activations; where `done` takes them, those of a tile.
+    pub sums: &'a mut [f32],
+    /// Whether they begin at zero, whatever is there.
+    pub fresh: bool,
+    /// Takes the sums of each tile, with the number of its first row of activations.
+    pub done: Option<&'a dyn Fn(usize, &[f32])>,
+}
+
 /// Something that tiles of results are made from.
 pub trait Tiles<D: Dot> {
     /// The most rows of activations in a tile.
@@ -38,7 +56,7 @@ pub trait Tiles<D: Dot> {
         x: *const D::X,
         stride: usize,
         ahead: &mut Steps<'_>,
-        sums: *mut f32,
+        sums: At,
     );
 }
 
@@ -60,7 +78,7 @@ pub struct Coded<'a, D: Dot> {
     pub table: D::Table,
 }
 
-/// Adds the products of a panel with `m` rows of activations, `stride` apart, to `sums`.
+/// Adds the products of a panel with `m` rows of activations, `stride` apart, to sums.
 #[inline(always)]
 pub fn tiles<D: Dot, T: Tiles<D>>(
     d: D,
@@ -69,36 +87,41 @@ pub fn tiles<D: Dot, T: Tiles<D>>(
     stride: usize,
     m: usize,
     ahead: Ahead<'_>,
-    sums: &mut [f32],
+    to: To<'_>,
 ) {
     let rows = panel_rows::<D>();
     let used = panel.units() * (CODES / D::STEPS);
-    assert!(m > 0 && x.len() >= (m - 1) * stride + used && sums.len() >= m * rows);
     let tiles = m.div_ceil(T::ROWS);
+    let held = if to.done.is_some() { m.div_ceil(tiles.max(1)) } else { m };
+    assert!(m > 0 && x.len() >= (m - 1) * stride + used && to.sums.len() >= held * rows);
     let mut ahead = ahead.steps(tiles * panel.segments());
     let high = T::ROWS == HIGH_TILE;
     let mut done = 0;
     for i in 0..tiles {
-        // Tiles of nearly equal height: a low one is slow.
+        // Tiles of nearly equal height, none higher than the first: a low one is slow.
         let height = (m - done).div_ceil(tiles - i);
+        let first = if to.done.is_some() { 0 } else { done };
         // SAFETY: the assertion counts what a tile reads and writes.
         unsafe {
             let x = x.as_ptr().add(done * stride);
-            let sums = sums.as_mut_ptr().add(done * rows);
+            let at = At { sums: to.sums.as_mut_ptr().add(first * rows), fresh: to.fresh };
             match height {
-                1 => panel.tile::<1>(d, x, stride, &mut ahead, sums),
-                2 => panel.tile::<2>(d, x, stride, &mut ahead, sums),
-                3 => panel.tile::<3>(d, x, stride, &mut ahead, sums),
-                4 => panel.tile::<4>(d, x, stride, &mut ahead, sums),
-                5 => panel.tile::<5>(d, x, stride, &mut ahead, sums),
-                7 if high => panel.tile::<7>(d, x, stride, &mut ahead, sums),
-                8 if high => panel.tile::<8>(d, x, stride, &mut ahead, sums),
-                9 if high => panel.tile::<9>(d, x, stride, &mut ahead, sums),
-                10 if high => panel.tile::<10>(d, x, stride, &mut ahead, sums),
-                11 if high => panel.tile::<11>(d, x, stride, &mut ahead, sums),
-                12 if high => panel.tile::<HIGH_TILE>(d, x, stride, &mut ahead, sums),
-                _ => panel.tile::<TILE>(d, x, stride, &mut ahead, sums),
+                1 => panel.tile::<1>(d, x, stride, &mut ahead, at),
+                2 => panel.tile::<2>(d, x, stride, &mut ahead, at),
+                3 => panel.tile::<3>(d, x, stride, &mut ahead, at),
+                4 => panel.tile::<4>(d, x, stride, &mut ahead, at),
+                5 => panel.tile::<5>(d, x, stride, &mut ahead, at),
+                7 if high => panel.tile::<7>(d, x, stride, &mut ahead, at),
+                8 if high => panel.tile::<8>(d, x, stride, &mut ahead, at),
+                9 if high => panel.tile::<9>(d, x, stride, &mut ahead, at),
+                10 if high => panel.tile::<10>(d, x, stride, &mut ahead, at),
+                11 if high => panel.tile::<11>(d, x, stride, &mut ahead, at),
+                12 if high => panel.tile::<HIGH_TILE>(d, x, stride, &mut ahead, at),
+                _ => panel.tile::<TILE>(d, x, stride, &mut ahead, at),
             }
+        }
+        if let Some(take) = to.done {
+            take(done, &to.sums[..height * rows]);
         }
         done += height;
     }
@@ -124,7 +147,7 @@ impl<D: Dot> Tiles<D> for Panel<'_> {
         x: *const D::X,
         stride: usize,
         ahead: &mut Steps<'_>,
-        sums: *mut f32,
+        sums: At,
     ) {
         let (rows, lanes, per) = (panel_rows::<D>(), D::LANES, CODES / D::STEPS);
         // SAFETY: the caller's; chunks of the panel are whole units.
@@ -143,7 +166,7 @@ impl<D: Dot> Tiles<D> for Panel<'_> {
                     x = x.add(per);
                 }
             }
-            store_sums(d, acc, sums);
+            store_sums(d, acc, sums.sums);
         }
     }
 }
@@ -176,7 +199,7 @@ impl<D: Dot> Tiles<D> for Unscaled<'_> {
         x: *const D::X,
         stride: usize,
         ahead: &mut Steps<'_>,
-        sums: *mut f32,
+        sums: At,
     ) {
         let (rows, lanes, per) = (panel_rows::<D>(), D::LANES, CODES / D::STEPS);
         let segments = self.units.chunks(self.segment * rows);
@@ -213,15 +236,19 @@ impl<D: Dot, const H: usize> Sums<D, H> {
     const HELD: bool = H <= TILE;
 
     /// # Safety
-    /// `H` rows of sums at `at` can be read and written, as long as this lives.
+    /// `H` rows of sums can be read and written, as long as this lives.
     #[inline(always)]
-    unsafe fn new(d: D, at: *mut f32) -> Self {
+    unsafe fn new(d: D, At { sums: at, fresh }: At) -> Self {
+        let acc = [[d.splat(0.0); 2]; H];
         if Self::HELD {
             // SAFETY: the caller's.
-            Self { acc: unsafe { load_sums::<D, H>(d, at) }, at }
-        } else {
-            Self { acc: [[d.splat(0.0); 2]; H], at }
+            return Self { acc: unsafe { load_sums::<D, H>(d, At { sums: at, fresh }) }, at };
         }
+        if fresh {
+            // SAFETY: the caller's.
+            unsafe { store_sums(d, acc, at) }
+        }
+        Self { acc, at }
     }
 
     /// Adds sums over a segment, times their scales.
@@ -281,7 +308,7 @@ impl<D: Dot> Tiles<D> for Coded<'_, D> {
         x: *const D::X,
         stride: usize,
         ahead: &mut Steps<'_>,
-        sums: *mut f32,
+        sums: At,
     ) {
         let (rows, lanes, per) = (panel_rows::<D>(), D::LANES, CODES / D::STEPS);
         let segments = self.words.chunks(self.segment * rows);
@@ -315,12 +342,15 @@ impl<D: Dot> Tiles<D> for Coded<'_, D> {
 /// # Safety
 /// `H` rows of sums can be read.
 #[inline(always)]
-unsafe fn load_sums<D: Dot, const H: usize>(d: D, sums: *const f32) -> [[D::F; 2]; H] {
+unsafe fn load_sums<D: Dot, const H: usize>(d: D, at: At) -> [[D::F; 2]; H] {
     let mut acc = [[d.splat(0.0); 2]; H];
+    if at.fresh {
+        return acc;
+    }
     for (h, acc) in acc.iter_mut().enumerate() {
         // SAFETY: the caller's.
         unsafe {
-            let sums = sums.add(h * panel_rows::<D>());
+            let sums = at.sums.add(h * panel_rows::<D>());
             *acc = [d.load(sums), d.load(sums.add(D::LANES))];
         }
     }
