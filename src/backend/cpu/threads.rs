@@ -85,16 +85,27 @@ pub fn share(threads: usize, parts: usize, work: impl Fn(usize) + Sync) {
 /// in their order is read as one stream for each thread, which the processor fetches ahead. A
 /// thread that is done helps another from the far end of its run.
 pub fn share_runs(threads: usize, parts: usize, work: impl Fn(usize) + Sync) {
+    share_runs_with(threads, parts, || (), |(), part| work(part));
+}
+
+/// As [`share_runs`], with something that each thread has for all its parts.
+pub fn share_runs_with<S>(
+    threads: usize,
+    parts: usize,
+    own: impl Fn() -> S + Sync,
+    work: impl Fn(&mut S, usize) + Sync,
+) {
     let count = threads.min(parts).max(1);
     let runs: Vec<Run> =
         (0..count).map(|i| Run::new(parts * i / count, parts * (i + 1) / count)).collect();
-    share(threads, count, |own| {
-        while let Some(part) = runs[own].first() {
-            work(part);
+    share(threads, count, |run| {
+        let mut own = own();
+        while let Some(part) = runs[run].first() {
+            work(&mut own, part);
         }
-        for other in (own + 1..count).chain(0..own) {
+        for other in (run + 1..count).chain(0..run) {
             while let Some(part) = runs[other].last() {
-                work(part);
+                work(&mut own, part);
             }
         }
     });

@@ -139,7 +139,7 @@ impl Dot for Avx512Ext {
     }
     /// From about here on to decode a panel once takes less time than to scale the sums of each
     /// segment; measured at 64, 256 and 512 rows.
-    const ROUNDED_FROM: usize = 256;
+    const ROUNDED_FROM: usize = 80;
     #[inline(always)]
     unsafe fn store_scaled(
         self,

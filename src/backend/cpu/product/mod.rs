@@ -430,10 +430,10 @@ fn many_rows<D: Engine, T: Lanes>(
     let many = Many { source, columns, m, x, stride, finish: &finish };
     let threads = job.threads(m);
     let parts = parts(job.rows.div_ceil(rows), threads);
-    threads::share_runs(threads, parts.len(), |part| {
+    threads::share_runs_with(threads, parts.len(), Scratch::default, |scratch, part| {
         let first = parts[part].start * rows;
         let count = (parts[part].end * rows).min(job.rows) - first;
-        d.strips(&many, first, count, &mut Scratch::default());
+        d.strips(&many, first, count, scratch);
     });
 }
 
