@@ -20,11 +20,15 @@ const STRETCH: usize = 2048;
 /// Elements from one row of them to the next: a power of two would share few sets of the cache.
 const DENSE_ROW: usize = STRETCH + 32;
 
-/// The longest rows that a panel holds as a whole: it stays in the second-level cache, and sums are
-/// never put away to be taken up again.
-const WHOLE: usize = 1536;
+/// Bytes of a panel of whole rows, at most: it stays in the second-level cache, and sums are never
+/// put away to be taken up again.
+const WHOLE: usize = 256 * 1024;
 
-/// The same where codes are decoded for each tile and there are only one or two of them: to begin
+/// The same where there are one or two tiles, or codes are decoded for each of them: it stays in
+/// the first-level cache.
+const WHOLE_NEAR: usize = 32 * 1024;
+
+/// As [`WIDTH`], where codes are decoded for each tile and there are only one or two of them: to begin
 /// a panel costs more than what could be done beside its transposition.
 const CODED_WIDTH: usize = 512;
 
@@ -158,7 +162,9 @@ fn coded_strips<D: Dot>(
     let late = late::<D>(many.m);
     let on_the_fly = late && (high || many.m <= ON_THE_FLY);
     let wide = on_the_fly && many.m <= 2 * HIGH_TILE;
-    let whole = many.columns <= WHOLE;
+    let bytes = if on_the_fly { many.columns / 2 } else { many.columns * size_of::<D::X>() };
+    let near = on_the_fly || many.m <= 2 * HIGH_TILE;
+    let whole = bytes * rows <= if near { WHOLE_NEAR } else { WHOLE };
     let most = match () {
         () if whole => many.columns,
         () => depth::<D>(many.m, if wide { CODED_WIDTH } else { WIDTH }),
