@@ -123,21 +123,28 @@ impl Vector for Avx512 {
 #[inline(always)]
 unsafe fn runs<const BLOCKS: usize>(from: *const f32) -> __m512 {
     // SAFETY: only called with a proof of AVX-512 F at hand; the caller vouches for `BLOCKS`
-    // numbers. A load repeats them in every quarter, of which one shuffle takes what is wanted.
+    // numbers.
     unsafe {
         match BLOCKS {
             1 => _mm512_set1_ps(*from),
-            2 => {
-                let pairs = _mm512_set1_pd(from.cast::<f64>().read_unaligned());
-                let places = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-                _mm512_permutevar_ps(_mm512_castpd_ps(pairs), places)
-            }
-            _ => {
-                let fours = _mm512_broadcast_f32x4(_mm_loadu_ps(from));
-                let places = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-                _mm512_permutevar_ps(fours, places)
-            }
+            2 => spread::<2>(_mm_castpd_ps(_mm_set1_pd(from.cast::<f64>().read_unaligned()))),
+            _ => spread::<BLOCKS>(_mm_loadu_ps(from)),
         }
+    }
+}
+
+/// The same of the first numbers of four. They are repeated in every quarter, of which one shuffle
+/// takes what is wanted; a load repeats them by itself.
+#[inline(always)]
+unsafe fn spread<const BLOCKS: usize>(numbers: __m128) -> __m512 {
+    // SAFETY: only called with a proof of AVX-512 F at hand.
+    unsafe {
+        let places = match BLOCKS {
+            1 => _mm512_setzero_si512(),
+            2 => _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0),
+            _ => _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0),
+        };
+        _mm512_permutevar_ps(_mm512_broadcast_f32x4(numbers), places)
     }
 }
 
@@ -208,5 +215,12 @@ impl Dot for Avx512 {
     unsafe fn scales<const BLOCKS: usize>(self, from: *const f32) -> __m512 {
         // SAFETY: the caller vouches for `BLOCKS` numbers.
         unsafe { runs::<BLOCKS>(from) }
+    }
+    /// Not by way of memory: what was just written in parts takes long to be read as a whole.
+    #[inline(always)]
+    fn first_scales<const BLOCKS: usize>(self, scales: &[f32]) -> __m512 {
+        let there = (1u8 << scales.len().min(BLOCKS).min(4)) - 1;
+        // SAFETY: the proof implies AVX-512 F and VL; only numbers of the slice are read.
+        unsafe { spread::<BLOCKS>(_mm_maskz_loadu_ps(there, scales.as_ptr())) }
     }
 }

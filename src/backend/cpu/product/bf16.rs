@@ -180,4 +180,8 @@ impl Dot for Avx512Ext {
         // SAFETY: the caller's.
         unsafe { self.base().scales::<BLOCKS>(from) }
     }
+    #[inline(always)]
+    fn first_scales<const BLOCKS: usize>(self, scales: &[f32]) -> __m512 {
+        self.base().first_scales::<BLOCKS>(scales)
+    }
 }

@@ -191,7 +191,7 @@ fn group<D: Dot, const M: usize, const B: usize, const R: usize>(
         let mut scale = [d.splat(0.0); R];
         if few.columns % chunk != 0 {
             for r in 0..R {
-                let (mut last, mut last_scales) = ([0u8; 64], [0f32; BLOCKS]);
+                let mut last = [0u8; 64];
                 let at = r * bytes + chunks * chunk / 2;
                 words[r] = if at + chunk / 2 <= packed.len() {
                     // Codes of the next row meet activations of zero. A copy would have to wait
@@ -203,10 +203,7 @@ fn group<D: Dot, const M: usize, const B: usize, const R: usize>(
                     d.words(last.as_ptr())
                 };
                 let rest = &scales[r * blocks + ((chunks * B) >> share)..(r + 1) * blocks];
-                for (last, scale) in last_scales.iter_mut().take(B).zip(rest) {
-                    *last = *scale; // one by one: a call to copy them would spill every register
-                }
-                scale[r] = d.scales::<B>(last_scales.as_ptr());
+                scale[r] = d.first_scales::<B>(rest);
             }
             step(d, few, table, words, few.x.as_ptr().add(chunks * chunk), scale, &mut acc);
         }

@@ -151,6 +151,16 @@ pub trait Dot: Vector {
     /// # Safety
     /// `BLOCKS` numbers can be read at `from`.
     unsafe fn scales<const BLOCKS: usize>(self, from: *const f32) -> Self::F;
+    /// The same where only the first blocks are there; zeros for the others.
+    #[inline(always)]
+    fn first_scales<const BLOCKS: usize>(self, scales: &[f32]) -> Self::F {
+        let mut all = [0f32; BLOCKS];
+        for (all, scale) in all.iter_mut().zip(scales) {
+            *all = *scale; // one by one: a call to copy them would spill every register
+        }
+        // SAFETY: these are as many.
+        unsafe { self.scales::<BLOCKS>(all.as_ptr()) }
+    }
 }
 
 /// Codes of a word of four bytes.
