@@ -111,7 +111,9 @@ pub fn share_runs_with<S>(
     });
 }
 
-/// Numbers that are left, taken from both ends.
+/// Numbers that are left, taken from both ends. Each has lines of the cache to itself: threads take
+/// from their own far more often than from those of others.
+#[repr(align(128))]
 struct Run(AtomicU64);
 
 impl Run {

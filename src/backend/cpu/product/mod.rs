@@ -305,18 +305,18 @@ fn few_rows<D: Engine, T: Lanes>(
         Scales::Plain(_) => rows,
         _ => DECODED_ROWS.min(rows),
     };
-    threads::share_runs(threads, job.rows.div_ceil(rows), |part| {
+    let own = || (Vec::new(), Vec::new());
+    threads::share_runs_with(threads, job.rows.div_ceil(rows), own, |(decoded, sums), part| {
         let first = part * rows;
         let count = rows.min(job.rows - first);
-        let mut decoded = Vec::new();
-        let mut sums = vec![0.0; count * m];
+        sums.resize(count * m, 0.0);
         let runs = (first..).step_by(together).zip(sums.chunks_mut(together * m));
         for (first, sums) in runs {
             let blocks = first * few.blocks()..(first + sums.len() / m) * few.blocks();
-            let scales = scales::of_blocks(job.cpu.isa, job.q.scales(), blocks, &mut decoded);
+            let scales = scales::of_blocks(job.cpu.isa, job.q.scales(), blocks, decoded);
             d.rows(&few, first, scales, sums);
         }
-        finish(d, job.bias, &sums, m, first, count, out);
+        finish(d, job.bias, sums, m, first, count, out);
     });
 }
 
