@@ -214,6 +214,71 @@ fn long_products_are_those_of_the_definition() {
     check::<bf16>(&shape(34, 1280, 600)).unwrap();
     check::<f32>(&shape(20, 4096, 530)).unwrap();
     check::<bf16>(&shape(70, 9216, 1)).unwrap();
+    // Too long for a panel of whole rows, whether scales come late, or early, or codes stay codes.
+    check::<bf16>(&shape(45, 4160, 27)).unwrap();
+    check::<bf16>(&shape(45, 4160, 90)).unwrap();
+    check::<f32>(&shape(45, 4160, 30)).unwrap();
+}
+
+/// Numbers of rows of activations around those from which on weights are rounded, and tiles of all
+/// heights.
+#[test]
+fn products_of_a_middling_number_of_rows_are_those_of_the_definition() {
+    for (m, format, blocksize, columns) in [
+        (79, Format::Nf4, 64, 576),
+        (80, Format::Nf4, 64, 576),
+        (85, Format::Int4, 32, 1184),
+        (97, Format::Fp4, 128, 1536),
+        (110, Format::Mxfp4, 32, 96),
+        (127, Format::Nf4, 64, 1024),
+    ] {
+        let case = Case {
+            format,
+            blocksize: Some(blocksize),
+            nested: m % 2 == 1,
+            rows: 75,
+            columns,
+            m,
+            bias: true,
+            threads: 2,
+            seed: 5,
+        };
+        check::<bf16>(&case).unwrap();
+        check::<f32>(&case).unwrap();
+    }
+}
+
+/// The last, short chunk of a row is read together with the beginning of the next row.
+#[test]
+fn a_row_without_a_finite_scale_leaves_the_row_before_it_alone() {
+    for (blocksize, columns) in [(64, 576), (32, 160), (32, 224)] {
+        for m in [1, 3, 7, 90] {
+            let case = Case {
+                format: Format::Nf4,
+                blocksize: Some(blocksize),
+                nested: false,
+                rows: 6,
+                columns,
+                m,
+                bias: false,
+                threads: 1,
+                seed: 17,
+            };
+            let mut random = Random(case.seed);
+            let mut stored = Stored::new(&case, &random.fill::<f32>(6 * columns, 0.05));
+            let blocks = columns / blocksize;
+            stored.plain[3 * blocks..4 * blocks].fill(f32::INFINITY);
+            let x = random.fill::<bf16>(m * columns, 1.0);
+            for isa in Isa::available() {
+                let mut out = vec![bf16::ZERO; m * 6];
+                let cpu = Cpu::with(isa, 1);
+                cpu.linear(&stored.view(), [6, columns], &x, None, &mut out).unwrap();
+                let others = out.iter().enumerate().filter(|(i, _)| i % 6 != 3);
+                assert!(others.clone().count() == 5 * m);
+                assert!(others.clone().all(|(_, y)| y.is_finite()), "{}", isa.name());
+            }
+        }
+    }
 }
 
 /// So many rows of the weight that several strips share activations, and enough activations for

@@ -43,8 +43,9 @@ const DOWN: usize = 4;
 /// Rows of the weight whose scales are decoded at once.
 const ROWS: usize = 64;
 
-/// Units of a panel: four of them stay in the first-level cache, or near it.
-const DEPTH: usize = 64;
+/// Units of a panel: few enough for the second-level cache to hold four of them beside the sums,
+/// and enough for their products to take far longer than the sums take to come and go.
+const DEPTH: usize = 128;
 
 /// Elements of the weight that are decoded at a time; they stay in the second-level cache.
 const DECODED: usize = 128 * STRETCH;

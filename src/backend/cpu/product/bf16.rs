@@ -138,7 +138,7 @@ impl Dot for Avx512Ext {
         values
     }
     /// From about here on to decode a panel once takes less time than to scale the sums of each
-    /// segment; measured at 64, 256 and 512 rows.
+    /// segment: 2 % more at 64 rows, 4 % less at 96.
     const ROUNDED_FROM: usize = 80;
     #[inline(always)]
     unsafe fn store_scaled(
