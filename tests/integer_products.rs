@@ -195,36 +195,48 @@ proptest! {
 
     #[test]
     fn llm_int8_is_the_same_integer_sum_everywhere(
-        tokens in 1usize..20,
+        tokens in prop_oneof![1usize..20, 20usize..70],
         rows in 1usize..70,
-        columns in 1usize..700,
+        columns in prop_oneof![1usize..700, 700usize..3000],
         every in 0usize..50,
     ) {
-        let stored = Stored::new(Format::Int8, [rows, columns], None, false);
-        let mut x = noise(11, tokens * columns);
-        for (i, x) in x.iter_mut().enumerate() {
-            if every > 1 && (i % columns) % every == 1 {
-                *x *= 20.0;
-            }
+        same_integer_sums([tokens, rows, columns], every);
+    }
+}
+
+/// Compares all products of LLM.int8() with the first; each `every`th column has outliers.
+fn same_integer_sums([tokens, rows, columns]: [usize; 3], every: usize) {
+    let stored = Stored::new(Format::Int8, [rows, columns], None, false);
+    let mut x = noise(11, tokens * columns);
+    for (i, x) in x.iter_mut().enumerate() {
+        if every > 1 && (i % columns) % every == 1 {
+            *x *= 20.0;
         }
-        let bias = noise(13, rows);
-        let run = |integer: &Integer| {
-            let mut out = vec![0f32; tokens * rows];
-            let product = Product { columns, bias: Some(&bias) };
-            integer.llm_int8(&x, &stored.q(), 6.0, product, &mut out).unwrap();
-            out
-        };
-        let all = Integer::available(2);
-        let expected = run(&all[0]);
-        let outliers = columns.checked_div(every).map_or(0, |n| n + 1);
-        for integer in &all {
-            for (out, expected) in run(integer).iter().zip(&expected) {
-                // The integer part is exact; the outliers are sums of so many terms up to 20.
-                let bound = f32::EPSILON * (outliers * outliers * 20 + 1) as f32 * 4.0;
-                let bound = if every > 1 { bound } else { 0.0 };
-                prop_assert!((out - expected).abs() <= bound, "{} {out} {expected}", integer.name());
-            }
+    }
+    let bias = noise(13, rows);
+    let run = |integer: &Integer| {
+        let mut out = vec![0f32; tokens * rows];
+        let product = Product { columns, bias: Some(&bias) };
+        integer.llm_int8(&x, &stored.q(), 6.0, product, &mut out).unwrap();
+        out
+    };
+    let all = Integer::available(2);
+    let expected = run(&all[0]);
+    let outliers = columns.checked_div(every).map_or(0, |n| n + 1);
+    for integer in &all {
+        for (out, expected) in run(integer).iter().zip(&expected) {
+            // The integer part is exact; the outliers are sums of so many terms up to 20.
+            let bound = f32::EPSILON * (outliers * outliers * 20 + 1) as f32 * 4.0;
+            let bound = if every > 1 { bound } else { 0.0 };
+            assert!((out - expected).abs() <= bound, "{} {out} {expected}", integer.name());
         }
+    }
+}
+
+#[test]
+fn few_tokens_of_long_rows_have_the_same_integer_sums() {
+    for tokens in [2, 3, 4] {
+        same_integer_sums([tokens, 41, 16_500], 0);
     }
 }
 

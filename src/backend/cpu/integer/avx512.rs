@@ -6,6 +6,7 @@
 use std::arch::x86_64::*;
 
 use super::dot::Dot;
+use super::quads::Quads;
 use crate::backend::cpu::avx512::{Avx512, Avx512Ext};
 
 /// Evaluates an expression of intrinsics.
@@ -97,6 +98,21 @@ macro_rules! dot {
             }
         }
     };
+}
+
+impl Quads for Avx512Ext {
+    #[inline(always)]
+    unsafe fn quad(self, at: *const u8) -> __m512i {
+        isa!(_mm512_broadcast_i32x4(_mm_loadu_si128(at.cast())))
+    }
+    #[inline(always)]
+    fn sum_quads(self, [a, b, c, d]: [__m512i; 4]) -> __m512i {
+        isa!({
+            let ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+            _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd))
+        })
+    }
 }
 
 dot!(

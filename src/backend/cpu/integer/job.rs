@@ -9,8 +9,8 @@ use crate::backend::cpu::{Isa, Kernels, Lanes, scales};
 use crate::quant::integer::{GROUP, Integers, group_scale};
 use crate::tensor::{QTensor, Scales};
 
-/// Activations below which one thread quantizes them all.
-const ALONE: usize = 1 << 16;
+/// Activations up to which one thread quantizes them all.
+pub const ALONE: usize = 1 << 16;
 
 /// Quantized activations in the order in which a kernel reads them.
 pub struct Arranged {
@@ -19,7 +19,7 @@ pub struct Arranged {
     /// Bytes from one row to the next.
     pub stride: usize,
     /// The codes.
-    pub codes: Vec<i8>,
+    pub codes: Aligned<i8>,
     /// For each row, minus the bias of the weights times sums of codes.
     pub starts: Vec<i32>,
     /// Scales of each row's groups, or of the row.
@@ -32,6 +32,23 @@ impl Arranged {
     /// Codes of a token.
     pub fn row(&self, token: usize) -> &[i8] {
         &self.codes[token * self.stride..][..self.stride]
+    }
+
+    /// Takes rows of `columns` codes, `stride` apart, with the scales of the rows.
+    pub fn by_rows(
+        (rows, columns): (&[i8], usize),
+        stride: usize,
+        bias: i32,
+        scales: Vec<f32>,
+    ) -> Self {
+        let mut codes = Aligned::zeroed(scales.len() * stride);
+        for (codes, row) in codes.chunks_exact_mut(stride).zip(rows.chunks_exact(columns)) {
+            codes[..columns].copy_from_slice(row);
+        }
+        // The sum of up to 133,144 codes times 128 fits; sums of products wrap and come back.
+        let start = |row: &[i8]| sum(row).wrapping_mul(bias).wrapping_neg();
+        let starts = rows.chunks_exact(columns).map(start).collect();
+        Self { tokens: scales.len(), stride, codes, starts, scales, groups: 1 }
     }
 
     /// Quantizes rows of `columns` activations by groups. In each `span` of elements those at even
@@ -49,7 +66,7 @@ impl Arranged {
         let mut arranged = Self {
             tokens,
             stride,
-            codes: vec![0; tokens * stride],
+            codes: Aligned::zeroed(tokens * stride),
             starts: vec![0; tokens * starts_of_row],
             scales: vec![0.0; tokens * groups],
             groups,
@@ -57,7 +74,7 @@ impl Arranged {
         let codes = Out::new(&mut arranged.codes, stride);
         let sums = Out::new(&mut arranged.starts, starts_of_row);
         let scales = Out::new(&mut arranged.scales, groups);
-        let threads = if x.len() < ALONE { 1 } else { threads };
+        let threads = if x.len() <= ALONE { 1 } else { threads };
         share(threads, tokens, |token| {
             // SAFETY: each token has its own part of the three buffers, whose lengths are above.
             let (out, sums, scales) = unsafe {
@@ -129,7 +146,7 @@ impl Staged {
         let codes = Out::new(&mut staged.codes, GROUP);
         let starts = Out::new(&mut staged.starts, GROUP / unit);
         let scales = Out::new(&mut staged.scales, 1);
-        let threads = if x.len() < ALONE { 1 } else { threads };
+        let threads = if x.len() <= ALONE { 1 } else { threads };
         share(threads, tokens, |token| {
             let row = &x[token * columns..(token + 1) * columns];
             for (group, x) in row.chunks(GROUP).enumerate() {

@@ -2,7 +2,7 @@
 //!
 //! [`crate::quant::integer`] is the definition. Few rows of activations meet the weight as it lies
 //! in memory (`rows`); for many, strips or panels of it are turned in the cache (`strips` with four
-//! bits, `panels` with eight).
+//! bits, `panels` with eight). With AVX-512 there is a way between (`quads`).
 
 // Without vectors only `general` is used.
 #![cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
@@ -12,18 +12,20 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod dot;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod entry;
 mod general;
 mod job;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod panels;
+mod quads;
 mod rows;
 mod spread;
 mod strips;
 
 use job::{Arranged, Eight, Four, Staged};
 
-use super::product::Out;
 use super::{Cpu, Isa, Kernels, Lanes};
 use crate::error::{Error, Result};
 use crate::format::Decode;
@@ -203,28 +205,36 @@ impl Integer {
                 }
             }
         }
-        let (lanes, bias_of_weights) = self.lanes();
-        let stride = job::stride(columns, 4 * lanes);
-        if stride != columns {
-            let mut longer = vec![0i8; tokens * stride];
-            for (longer, codes) in longer.chunks_exact_mut(stride).zip(codes.chunks_exact(columns))
-            {
-                longer[..columns].copy_from_slice(codes);
-            }
-            codes = longer;
-        }
-        // The sum of up to 133,144 codes times 128 fits; sums of products wrap and come back.
-        let start = |codes: &[i8]| {
-            let sum: i32 = codes.iter().map(|code| i32::from(*code)).sum();
-            sum.wrapping_mul(bias_of_weights).wrapping_neg()
-        };
-        let starts = codes.chunks_exact(stride).map(start).collect();
-        let x = Arranged { tokens, stride, codes, starts, scales, groups: 1 };
+        let x = self.arranged(&codes, columns, scales);
         let weight = bytemuck::cast_slice(q.packed());
         let (outliers, outlying) = (outliers.as_slice(), outlying.as_slice());
         let job = Eight { weight, absmax, columns, x, outliers, outlying, apart, bias: &bias };
         self.eight(&job, out);
         Ok(())
+    }
+
+    /// Arranges rows of codes of `columns` activations, with their scales, for [`Self::eight`].
+    fn arranged(&self, codes: &[i8], columns: usize, scales: Vec<f32>) -> Arranged {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(d) = self.in_quads(scales.len(), columns) {
+            let threads = self.cpu.threads;
+            return quads::arranged(d, threads, (codes, columns), scales, |to, token, codes| {
+                // SAFETY: `d` exists, so the machine has the features; each call is about another
+                // token.
+                unsafe { entry::quads_vnni::arrange(d, to, token, codes) }
+            });
+        }
+        let (lanes, bias) = self.lanes();
+        Arranged::by_rows((codes, columns), job::stride(columns, 4 * lanes), bias, scales)
+    }
+
+    /// Whether tokens of so many columns meet an int8 weight in quads, and with what.
+    #[cfg(target_arch = "x86_64")]
+    fn in_quads(&self, tokens: usize, columns: usize) -> Option<super::avx512::Avx512Ext> {
+        match self.unit {
+            Unit::Vnni(d) if quads::pays(tokens, columns) && columns <= MAX_COLUMNS => Some(d),
+            _ => None,
+        }
     }
 
     fn lanes(&self) -> (usize, i32) {
@@ -254,7 +264,7 @@ impl Integer {
                     let job = job.with(x);
                     spread::rows(threads, job.cut(), out, |rows, sums| {
                         // SAFETY: `$d` exists, so the machine has the features.
-                        unsafe { $with::few_four($d, &job, rows, sums) }
+                        unsafe { entry::$with::few_four($d, &job, rows, sums) }
                     })
                 } else {
                     let unit = (job.unit(), bias_of($d));
@@ -263,7 +273,7 @@ impl Integer {
                     let parts = (panel_rows($d), strips::TOKENS);
                     spread::panels(threads, job.cut(), parts, out, |strip, first, out| {
                         // SAFETY: `$d` exists, so the machine has the features.
-                        unsafe { $with::four($d, &job, strip, first, out) }
+                        unsafe { entry::$with::four($d, &job, strip, first, out) }
                     })
                 }
             }};
@@ -288,18 +298,26 @@ impl Integer {
             return general::eight(self.cpu.threads, job, out);
         }
         let (threads, cut) = (self.cpu.threads, job.cut());
+        #[cfg(target_arch = "x86_64")]
+        if let Some(d) = self.in_quads(job.x.tokens, job.columns) {
+            let parts = (panel_rows(d), quads::TOKENS);
+            return spread::panels(threads, cut, parts, out, |panel, _, out| {
+                // SAFETY: `d` exists, so the machine has the features.
+                unsafe { entry::quads_vnni::eight(d, job, panel, out) }
+            });
+        }
         macro_rules! product {
             ($with:ident, $d:ident) => {{
                 if job.x.tokens <= rows::TOKENS {
                     spread::rows(threads, cut, out, |rows, sums| {
                         // SAFETY: `$d` exists, so the machine has the features.
-                        unsafe { $with::few_eight($d, job, rows, sums) }
+                        unsafe { entry::$with::few_eight($d, job, rows, sums) }
                     })
                 } else {
                     let parts = (panel_rows($d), panels::TOKENS);
                     spread::panels(threads, cut, parts, out, |panel, first, out| {
                         // SAFETY: `$d` exists, so the machine has the features.
-                        unsafe { $with::eight($d, job, panel, first, out) }
+                        unsafe { entry::$with::eight($d, job, panel, first, out) }
                     })
                 }
             }};
@@ -362,66 +380,3 @@ fn padded(bias: Option<&[f32]>, rows: usize) -> Result<Vec<f32>> {
         }
     }
 }
-
-/// Functions that enable an instruction set around the kernels.
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-macro_rules! entry_points {
-    ($name:ident, $D:ty, $features:literal) => {
-        mod $name {
-            use std::ops::Range;
-
-            use super::job::{Eight, Four, Staged};
-            use super::{Lanes, Out, panels, rows, strips};
-
-            #[target_feature(enable = $features)]
-            pub fn few_four(d: $D, job: &Four<'_>, rows: Range<usize>, sums: &mut [f32]) {
-                rows::four(d, job, rows, sums);
-            }
-
-            #[target_feature(enable = $features)]
-            pub fn few_eight(d: $D, job: &Eight<'_>, rows: Range<usize>, sums: &mut [f32]) {
-                rows::eight(d, job, rows, sums);
-            }
-
-            #[target_feature(enable = $features)]
-            pub fn four<T: Lanes>(
-                d: $D,
-                job: &Four<'_, Staged>,
-                strip: usize,
-                first: usize,
-                out: &Out<'_, T>,
-            ) {
-                strips::four(d, job, strip, first, out);
-            }
-
-            #[target_feature(enable = $features)]
-            pub fn eight<T: Lanes>(
-                d: $D,
-                job: &Eight<'_>,
-                panel: usize,
-                first: usize,
-                out: &Out<'_, T>,
-            ) {
-                panels::eight(d, job, panel, first, out);
-            }
-        }
-    };
-}
-#[cfg(target_arch = "x86_64")]
-entry_points!(with_avx2, crate::backend::cpu::avx2::Avx2, "avx2,fma,f16c");
-#[cfg(target_arch = "x86_64")]
-entry_points!(
-    with_avx512,
-    crate::backend::cpu::avx512::Avx512,
-    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
-);
-#[cfg(target_arch = "x86_64")]
-entry_points!(
-    with_vnni,
-    crate::backend::cpu::avx512::Avx512Ext,
-    "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
-);
-#[cfg(target_arch = "aarch64")]
-entry_points!(with_neon, crate::backend::cpu::neon::Neon, "neon");
-#[cfg(target_arch = "aarch64")]
-entry_points!(with_neon_dot, crate::backend::cpu::neon::NeonDot, "neon,dotprod");

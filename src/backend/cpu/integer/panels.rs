@@ -87,19 +87,22 @@ pub fn write<D: Dot, T: Lanes>(
     let mut biases = [0f32; ROWS];
     biases[..here].copy_from_slice(&bias[row..row + here]);
     for (token, sums) in (first..).zip(sums.chunks_exact(rows)) {
+        // SAFETY: the outputs of these rows and tokens belong to this call alone.
+        let out = unsafe { out.part(token, row, here) };
         let mut values = [T::default(); ROWS];
+        let to = if here == rows { out.as_mut_ptr() } else { values.as_mut_ptr() };
         for half in [0, D::LANES] {
-            // SAFETY: `sums` is `rows` long, the arrays at least as long.
+            // SAFETY: `sums` and the output are `rows` long, the arrays at least as long.
             unsafe {
                 let y = d.load(sums.as_ptr().add(half));
                 let factor = d.splat(factor);
                 let y = d.fma(y, factor, d.load(biases.as_ptr().add(half)));
-                d.store_as(y, values.as_mut_ptr().add(half));
+                d.store_as(y, to.add(half));
             }
         }
-        // SAFETY: the outputs of these rows and tokens belong to this call alone.
-        let out = unsafe { out.part(token, row, here) };
-        out.copy_from_slice(&values[..here]);
+        if here < rows {
+            out.copy_from_slice(&values[..here]);
+        }
     }
 }
 
@@ -200,13 +203,21 @@ pub fn eight<D: Dot, T: Lanes>(
             &mut next
         ));
     }
-    let sums = outputs(d, job, row, first, &sums);
-    write(d, row, (1.0, job.bias), first, &sums, out);
+    let mut products = Aligned::zeroed(sums.len());
+    outputs(d, job, row, first, &sums, &mut products);
+    write(d, row, (1.0, job.bias), first, &products, out);
 }
 
 /// Scales integer sums and adds the products of the outliers.
 #[inline(always)]
-fn outputs<D: Dot>(d: D, job: &Eight<'_>, row: usize, first: usize, sums: &[i32]) -> Vec<f32> {
+pub fn outputs<D: Dot>(
+    d: D,
+    job: &Eight<'_>,
+    row: usize,
+    first: usize,
+    sums: &[i32],
+    out: &mut [f32],
+) {
     let (rows, columns) = (2 * D::LANES, job.outliers.len());
     let here = rows.min(job.bias.len() - row);
     let mut absmax = [0f32; ROWS];
@@ -218,7 +229,6 @@ fn outputs<D: Dot>(d: D, job: &Eight<'_>, row: usize, first: usize, sums: &[i32]
             weights[j * rows + r] = outlier(weight[*column], *absmax);
         }
     }
-    let mut out = vec![0f32; sums.len()];
     for ((sums, out), token) in sums.chunks_exact(rows).zip(out.chunks_exact_mut(rows)).zip(first..)
     {
         let outlying = &job.outlying[token * job.apart..(token + 1) * job.apart];
@@ -238,5 +248,4 @@ fn outputs<D: Dot>(d: D, job: &Eight<'_>, row: usize, first: usize, sums: &[i32]
             }
         }
     }
-    out
 }
