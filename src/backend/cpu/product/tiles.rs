@@ -89,22 +89,23 @@ pub fn tiles<D: Dot, T: Tiles<D>>(
     ahead: Ahead<'_>,
     to: To<'_>,
 ) {
+    let To { sums, fresh, done: take } = to;
     let rows = panel_rows::<D>();
     let used = panel.units() * (CODES / D::STEPS);
     let tiles = m.div_ceil(T::ROWS);
-    let held = if to.done.is_some() { m.div_ceil(tiles.max(1)) } else { m };
-    assert!(m > 0 && x.len() >= (m - 1) * stride + used && to.sums.len() >= held * rows);
+    let held = if take.is_some() { m.div_ceil(tiles.max(1)) } else { m };
+    assert!(m > 0 && x.len() >= (m - 1) * stride + used && sums.len() >= held * rows);
     let mut ahead = ahead.steps(tiles * panel.segments());
     let high = T::ROWS == HIGH_TILE;
     let mut done = 0;
     for i in 0..tiles {
         // Tiles of nearly equal height, none higher than the first: a low one is slow.
         let height = (m - done).div_ceil(tiles - i);
-        let first = if to.done.is_some() { 0 } else { done };
+        let first = if take.is_some() { 0 } else { done };
         // SAFETY: the assertion counts what a tile reads and writes.
         unsafe {
             let x = x.as_ptr().add(done * stride);
-            let at = At { sums: to.sums.as_mut_ptr().add(first * rows), fresh: to.fresh };
+            let at = At { sums: sums.as_mut_ptr().add(first * rows), fresh };
             match height {
                 1 => panel.tile::<1>(d, x, stride, &mut ahead, at),
                 2 => panel.tile::<2>(d, x, stride, &mut ahead, at),
@@ -120,8 +121,8 @@ pub fn tiles<D: Dot, T: Tiles<D>>(
                 _ => panel.tile::<TILE>(d, x, stride, &mut ahead, at),
             }
         }
-        if let Some(take) = to.done {
-            take(done, &to.sums[..height * rows]);
+        if let Some(take) = take {
+            take(done, &sums[..height * rows]);
         }
         done += height;
     }
