@@ -2,8 +2,8 @@
 //! whole. The definition, and how far a result may be from it: `quant::product`.
 //!
 //! [`few`] reads packed rows once for up to four rows of activations; [`many`] decodes panels into
-//! the cache for more, and `tokens` rows, where tokens fill vectors. Weights whose rows are not whole blocks of four-bit codes are decoded row
-//! by row first.
+//! the cache for more, and `tokens` rows, where tokens fill vectors. Weights whose rows are not
+//! whole blocks of four-bit codes are decoded row by row first.
 
 mod ahead;
 #[cfg(target_arch = "x86_64")]
