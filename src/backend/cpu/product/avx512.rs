@@ -151,6 +151,7 @@ unsafe fn spread<const BLOCKS: usize>(numbers: __m128) -> __m512 {
 impl Dot for Avx512 {
     const STEPS: usize = 8;
     const LATE: bool = false;
+    const SHORT: bool = false;
     type X = f32;
     /// The words, moved as they are used, and their upper halves.
     type Words = [__m512i; 2];

@@ -89,6 +89,7 @@ pub(super) fn pairs(x: __m512i) -> __m512bh {
 impl Dot for Avx512Ext {
     const STEPS: usize = 4;
     const LATE: bool = true;
+    const SHORT: bool = true;
     type X = bf16;
     type Words = __m512i;
     type Table = __m512i;
@@ -144,6 +145,7 @@ impl Dot for Avx512Ext {
     unsafe fn store_scaled(
         self,
         values: &[f32; 16],
+        _: __m512i,
         words: __m512i,
         scales: __m512,
         to: *mut u32,

@@ -50,6 +50,11 @@ impl Rows {
 pub trait Down: Dot {
     /// Rows that [`Down::chunk`] takes at once.
     const ROWS: usize;
+    /// A codebook, as it is looked up here.
+    type Book: Copy;
+
+    /// Takes a codebook.
+    fn book(self, values: &[f32; 16]) -> Self::Book;
 
     /// Adds a chunk of [`Down::ROWS`] rows times `M` gradients to the sums at `acc`, rows of
     /// which are `width` apart; gradients of one row are `stride` apart.
@@ -59,7 +64,7 @@ pub trait Down: Dot {
     /// [`VECTORS`] vectors of sums exist.
     unsafe fn chunk<const M: usize, const B: usize>(
         self,
-        values: &[f32; 16],
+        book: Self::Book,
         rows: Rows,
         gradients: (*const Self::X, usize),
         sums: (*mut f32, usize),
@@ -71,13 +76,7 @@ pub trait Down: Dot {
     /// # Safety
     /// A chunk of the rows with `B` scales each exists, and two vectors can be written in each of
     /// the panels.
-    unsafe fn units<const B: usize>(
-        self,
-        values: &[f32; 16],
-        rows: Rows,
-        to: *mut u32,
-        apart: usize,
-    );
+    unsafe fn units<const B: usize>(self, book: Self::Book, rows: Rows, to: *mut u32, apart: usize);
 }
 
 /// [`Down::chunk`] of `R` rows, where numbers are f32.
@@ -87,14 +86,13 @@ pub trait Down: Dot {
 #[inline(always)]
 pub unsafe fn wide_chunk<D, const M: usize, const B: usize, const R: usize>(
     d: D,
-    values: &[f32; 16],
+    table: D::Table,
     rows: Rows,
     gradients: [[f32; M]; R],
     (acc, width): (*mut f32, usize),
 ) where
     D: Dot<Values = <D as Vector>::F>,
 {
-    let table = d.table(values);
     // SAFETY: the caller's.
     unsafe {
         let mut words = [d.words(rows.packed); R];
@@ -149,11 +147,17 @@ macro_rules! wide {
     ($isa:ty, $rows:literal) => {
         impl Down for $isa {
             const ROWS: usize = $rows;
+            type Book = <$isa as Dot>::Table;
+
+            #[inline(always)]
+            fn book(self, values: &[f32; 16]) -> Self::Book {
+                self.table(values)
+            }
 
             #[inline(always)]
             unsafe fn chunk<const M: usize, const B: usize>(
                 self,
-                values: &[f32; 16],
+                book: Self::Book,
                 rows: Rows,
                 gradients: (*const f32, usize),
                 sums: (*mut f32, usize),
@@ -161,25 +165,24 @@ macro_rules! wide {
                 // SAFETY: the caller's.
                 unsafe {
                     let gradients = widened::<f32, M, $rows>(gradients);
-                    wide_chunk::<_, M, B, $rows>(self, values, rows, gradients, sums);
+                    wide_chunk::<_, M, B, $rows>(self, book, rows, gradients, sums);
                 }
             }
 
             #[inline(always)]
             unsafe fn units<const B: usize>(
                 self,
-                values: &[f32; 16],
+                book: Self::Book,
                 rows: Rows,
                 to: *mut u32,
                 apart: usize,
             ) {
-                let table = self.table(values);
                 // SAFETY: the caller's.
                 unsafe {
                     let (mut words, scales) =
                         (self.words(rows.packed), self.scales::<B>(rows.scales));
                     for v in 0..VECTORS {
-                        let weights = self.scaled(self.decode(table, words), scales);
+                        let weights = self.scaled(self.decode(book, words), scales);
                         words = self.next(words, v);
                         let to = to.add(v / 2 * apart + v % 2 * <Self as Vector>::LANES);
                         self.store_values(weights, to);
@@ -202,11 +205,17 @@ wide!(Neon, 4);
 #[cfg(target_arch = "aarch64")]
 impl Down for NeonBf16 {
     const ROWS: usize = 4;
+    type Book = <Neon as Dot>::Table;
+
+    #[inline(always)]
+    fn book(self, values: &[f32; 16]) -> Self::Book {
+        self.base().table(values)
+    }
 
     #[inline(always)]
     unsafe fn chunk<const M: usize, const B: usize>(
         self,
-        values: &[f32; 16],
+        book: Self::Book,
         rows: Rows,
         gradients: (*const half::bf16, usize),
         sums: (*mut f32, usize),
@@ -214,20 +223,20 @@ impl Down for NeonBf16 {
         // SAFETY: the caller's.
         unsafe {
             let gradients = widened::<half::bf16, M, 4>(gradients);
-            wide_chunk::<_, M, B, 4>(self.base(), values, rows, gradients, sums);
+            wide_chunk::<_, M, B, 4>(self.base(), book, rows, gradients, sums);
         }
     }
 
     #[inline(always)]
     unsafe fn units<const B: usize>(
         self,
-        values: &[f32; 16],
+        book: Self::Book,
         rows: Rows,
         to: *mut u32,
         apart: usize,
     ) {
         // SAFETY: the caller's.
-        unsafe { woven_units::<_, B>(self.base(), values, rows, to, apart) }
+        unsafe { woven_units::<_, B>(self.base(), book, rows, to, apart) }
     }
 }
 
@@ -239,14 +248,13 @@ impl Down for NeonBf16 {
 #[cfg(any(test, target_arch = "aarch64"))]
 pub unsafe fn woven_units<D, const B: usize>(
     d: D,
-    values: &[f32; 16],
+    table: D::Table,
     rows: Rows,
     to: *mut u32,
     apart: usize,
 ) where
     D: Dot<Values = <D as Vector>::F>,
 {
-    let table = d.table(values);
     // SAFETY: the caller's; a vector has at most sixteen lanes.
     unsafe {
         let pair = [rows, rows.below(1)];
@@ -304,7 +312,7 @@ mod tests {
     fn pairs_of_rows_are_decoded_by_way_of_f32() {
         check(Portable::LANES, 1, |values, rows, to| {
             // SAFETY: `check` has a chunk of two rows, and two vectors for each panel.
-            unsafe { woven_units::<_, 1>(Portable, values, rows, to, panel_rows::<Portable>()) }
+            unsafe { woven_units::<_, 1>(Portable, *values, rows, to, panel_rows::<Portable>()) }
         });
     }
 
@@ -316,9 +324,9 @@ mod tests {
         let apart = panel_rows::<Avx512Ext>();
         // SAFETY: `check` has a chunk of two rows, and two vectors for each panel.
         unsafe {
-            check(16, 1, |values, rows, to| d.units::<1>(values, rows, to, apart));
-            check(16, 2, |values, rows, to| d.units::<2>(values, rows, to, apart));
-            check(16, 4, |values, rows, to| d.units::<4>(values, rows, to, apart));
+            check(16, 1, |values, rows, to| d.units::<1>(d.book(values), rows, to, apart));
+            check(16, 2, |values, rows, to| d.units::<2>(d.book(values), rows, to, apart));
+            check(16, 4, |values, rows, to| d.units::<4>(d.book(values), rows, to, apart));
         }
     }
 }

@@ -118,7 +118,7 @@ unsafe fn mixed(first: __m512i, second: __m512i, upper: bool) -> __m512i {
 #[inline(always)]
 unsafe fn part<const M: usize, const B: usize, const HALVES: usize>(
     d: Avx512Ext,
-    values: &[f32; 16],
+    book: __m512,
     rows: Rows,
     (gradients, stride): (*const bf16, usize),
     (sums, width): (*mut f32, usize),
@@ -126,7 +126,7 @@ unsafe fn part<const M: usize, const B: usize, const HALVES: usize>(
 ) {
     // SAFETY: the caller's; the proof implies AVX512-BF16.
     unsafe {
-        let (book, choice) = (_mm512_loadu_ps(values.as_ptr()), choice::<B>());
+        let choice = choice::<B>();
         let mut acc = [[[d.splat(0.0); 4]; HALVES]; M];
         for (m, acc) in acc.iter_mut().enumerate() {
             for (i, acc) in acc.as_flattened_mut().iter_mut().enumerate() {
@@ -157,11 +157,18 @@ unsafe fn part<const M: usize, const B: usize, const HALVES: usize>(
 
 impl Down for Avx512Ext {
     const ROWS: usize = 2 * PAIRS;
+    type Book = __m512;
+
+    #[inline(always)]
+    fn book(self, values: &[f32; 16]) -> __m512 {
+        // SAFETY: the proof implies AVX-512 F; `values` is sixteen numbers.
+        unsafe { _mm512_loadu_ps(values.as_ptr()) }
+    }
 
     #[inline(always)]
     unsafe fn chunk<const M: usize, const B: usize>(
         self,
-        values: &[f32; 16],
+        book: __m512,
         rows: Rows,
         gradients: (*const bf16, usize),
         sums: (*mut f32, usize),
@@ -169,27 +176,20 @@ impl Down for Avx512Ext {
         // SAFETY: the caller's.
         unsafe {
             if M <= 2 {
-                part::<M, B, 2>(self, values, rows, gradients, sums, 0);
+                part::<M, B, 2>(self, book, rows, gradients, sums, 0);
             } else {
                 // There are registers for half of the sums.
-                part::<M, B, 1>(self, values, rows, gradients, sums, 0);
-                part::<M, B, 1>(self, values, rows, gradients, sums, 1);
+                part::<M, B, 1>(self, book, rows, gradients, sums, 0);
+                part::<M, B, 1>(self, book, rows, gradients, sums, 1);
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn units<const B: usize>(
-        self,
-        values: &[f32; 16],
-        rows: Rows,
-        to: *mut u32,
-        apart: usize,
-    ) {
+    unsafe fn units<const B: usize>(self, book: __m512, rows: Rows, to: *mut u32, apart: usize) {
         // SAFETY: the caller's; the proof implies AVX512-BF16.
         unsafe {
-            let (book, choice, second) =
-                (_mm512_loadu_ps(values.as_ptr()), choice::<B>(), rows.below(1));
+            let (choice, second) = (choice::<B>(), rows.below(1));
             let tables = tables::<B>(book, [rows.scales, second.scales]);
             let (a, b) = (self.words(rows.packed), self.words(second.packed));
             for half in 0..2 {

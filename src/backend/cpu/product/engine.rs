@@ -9,6 +9,8 @@ use super::super::{
     avx512::{Avx512, Avx512Ext},
 };
 use super::ahead::Ahead;
+#[cfg(target_arch = "x86_64")]
+use super::avx2::Avx2Short;
 use super::bytes::{self, Bytes};
 use super::down::Down;
 use super::few::Few;
@@ -20,10 +22,18 @@ use super::stretch::{self, Gradients, Run, Stretch};
 use super::tiles::{self, Panel, To};
 use super::{dense, few, many};
 
-/// What the driver calls; each is documented at the function of the same name.
-pub trait Engine: Down + Send + Sync {
+/// Products with few rows of activations.
+pub trait Rows: Dot + Send + Sync {
     /// [`few::rows`]
     fn rows(self, few: &Few<'_, Self::X>, first: usize, scales: &[f32], out: &mut [f32]);
+}
+
+/// What the driver calls; each is documented at the function of the same name.
+pub trait Engine: Rows + Down {
+    /// What multiplies few rows of activations that are bf16.
+    type Short: Rows<X = Self::X>;
+    /// See [`Engine::Short`].
+    fn short(self) -> Self::Short;
     /// [`many::strips`]
     fn strips(
         self,
@@ -67,9 +77,9 @@ pub trait Engine: Down + Send + Sync {
     fn widen<T: Lanes>(self, x: &[T], out: &mut [f32]);
 }
 
-macro_rules! engine {
+macro_rules! rows {
     ($isa:ident, $(#[$enable:meta],)? $call:ident) => {
-        impl Engine for $isa {
+        impl Rows for $isa {
             fn rows(self, few: &Few<'_, Self::X>, first: usize, scales: &[f32], out: &mut [f32]) {
                 $(#[$enable])?
                 fn inner(
@@ -82,6 +92,18 @@ macro_rules! engine {
                     few::rows(d, few, first, scales, out);
                 }
                 $call!(inner(self, few, first, scales, out));
+            }
+        }
+    };
+}
+
+macro_rules! engine {
+    ($isa:ident, $short:ident, $(#[$enable:meta],)? $call:ident) => {
+        rows!($isa, $(#[$enable],)? $call);
+        impl Engine for $isa {
+            type Short = $short;
+            fn short(self) -> $short {
+                self.into()
             }
             fn strips(
                 self,
@@ -226,16 +248,16 @@ macro_rules! plain {
         $call
     };
 }
-engine!(Portable, plain);
+engine!(Portable, Portable, plain);
 
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod vectors {
     use super::{
-        Ahead, Bytes, Dot, Engine, Few, Gradients, Lanes, Many, Out, Panel, Run, Scratch, Stretch,
-        To, bytes, dense, few, many, stretch, tiles,
+        Ahead, Bytes, Dot, Engine, Few, Gradients, Lanes, Many, Out, Panel, Rows, Run, Scratch,
+        Stretch, To, bytes, dense, few, many, stretch, tiles,
     };
     #[cfg(target_arch = "x86_64")]
-    use super::{Avx2, Avx512, Avx512Ext};
+    use super::{Avx2, Avx2Short, Avx512, Avx512Ext};
     #[cfg(target_arch = "aarch64")]
     use super::{Neon, NeonBf16};
 
@@ -246,19 +268,21 @@ mod vectors {
         };
     }
     #[cfg(target_arch = "aarch64")]
-    engine!(Neon, #[target_feature(enable = "neon")], proven);
+    engine!(Neon, Neon, #[target_feature(enable = "neon")], proven);
     #[cfg(target_arch = "aarch64")]
-    engine!(NeonBf16, #[target_feature(enable = "neon,bf16")], proven);
+    engine!(NeonBf16, NeonBf16, #[target_feature(enable = "neon,bf16")], proven);
     #[cfg(target_arch = "x86_64")]
-    engine!(Avx2, #[target_feature(enable = "avx2,fma,f16c")], proven);
+    engine!(Avx2, Avx2Short, #[target_feature(enable = "avx2,fma,f16c")], proven);
+    #[cfg(target_arch = "x86_64")]
+    rows!(Avx2Short, #[target_feature(enable = "avx2,fma,f16c")], proven);
     #[cfg(target_arch = "x86_64")]
     engine!(
-        Avx512, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")],
+        Avx512, Avx512, #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")],
         proven
     );
     #[cfg(target_arch = "x86_64")]
     engine!(
-        Avx512Ext,
+        Avx512Ext, Avx512Ext,
         #[target_feature(
             enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx512vbmi,avx2,fma,f16c"
         )],

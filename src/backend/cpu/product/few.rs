@@ -16,6 +16,16 @@ const HOT: usize = 34 * 1024;
 /// As [`AHEAD`], but behind the next rows, where activations leave less room.
 const FAR: usize = 4096;
 
+/// Rows that meet a stretch of the activations before the next stretch comes near, where all of
+/// them would not stay there.
+const TALL: usize = 8;
+
+/// Bytes of such a stretch: half of a first-level cache of 32 KB.
+const STRETCH: usize = 16 * 1024;
+
+/// Sums of a chunk where one would be waited for.
+const WAYS: usize = 2;
+
 /// The most blocks that share a chunk: 128 codes in blocks of 32.
 const BLOCKS: usize = 4;
 
@@ -48,13 +58,13 @@ pub fn prepare<D: Dot>(row: &[D::X], lanes: usize, out: &mut [D::X]) {
         prepare_words::<D>(whole, out);
     } else {
         for (x, out) in whole.chunks_exact(chunk).zip(out.chunks_exact_mut(chunk)) {
-            prepare_chunk::<D>(x, out);
+            D::arrange(x, out);
         }
     }
     if !rest.is_empty() {
         let mut padded = vec![<D::X as bytemuck::Zeroable>::zeroed(); chunk];
         padded[..rest.len()].copy_from_slice(rest);
-        prepare_chunk::<D>(&padded, last);
+        D::arrange(&padded, last);
     }
 }
 
@@ -67,20 +77,6 @@ fn prepare_words<D: Dot>(x: &[D::X], out: &mut [D::X]) {
     for (word, out) in words.iter().zip(out) {
         for (i, out) in out.iter_mut().enumerate() {
             *out = word[i % per * D::STEPS + ((i / per) ^ 1)];
-        }
-    }
-}
-
-#[inline(always)]
-fn prepare_chunk<D: Dot>(x: &[D::X], out: &mut [D::X]) {
-    let per = CODES / D::STEPS;
-    let (words, _) = x.as_chunks::<CODES>();
-    for (step, out) in out.chunks_exact_mut(words.len() * per).enumerate() {
-        let place = step ^ 1; // the first of a pair is in the high half of its byte
-        for (word, out) in words.iter().zip(out.chunks_exact_mut(per)) {
-            for (i, out) in out.iter_mut().enumerate() {
-                *out = word[i * D::STEPS + place];
-            }
         }
     }
 }
@@ -145,11 +141,28 @@ fn blocks<D: Dot, const M: usize, const B: usize>(
     let together = match (D::LANES >= 16, M) {
         (true, 1) if few.hot() => 1,
         (true, _) if !few.hot() => 4,
-        (true, _) | (false, 1 | 2) => 2,
+        (true, _) => 2,
+        (false, 1 | 2) => D::TOGETHER,
         (false, _) => 1,
     };
     let table = d.table(&few.values);
     let mut n = 0;
+    if D::LANES < 16 && size_of_val(few.x) > STRETCH {
+        while n < count {
+            let packed = &few.packed[(first + n) * bytes..];
+            let rows = TALL.min(count - n);
+            tall::<D, M, B>(
+                d,
+                few,
+                table,
+                packed,
+                &scales[n * blocks..],
+                &mut out[n * M..][..rows * M],
+            );
+            n += rows;
+        }
+        return;
+    }
     while n < count {
         let packed = &few.packed[(first + n) * bytes..];
         let (scales, out) = (&scales[n * blocks..], &mut out[n * M..]);
@@ -174,9 +187,6 @@ fn group<D: Dot, const M: usize, const B: usize, const R: usize>(
     let (bytes, blocks) = (few.row_bytes(), few.blocks());
     assert!(packed.len() >= R * bytes && scales.len() >= R * blocks && out.len() >= R * M);
     let chunk = CODES * D::LANES;
-    let chunks = few.columns / chunk;
-    // With blocks longer than a chunk, chunks share a scale.
-    let share = (few.blocksize / chunk).max(1).trailing_zeros();
     let mut acc = [[d.splat(0.0); M]; R];
     // SAFETY: whole chunks of codes, their scales and their activations lie inside the slices,
     // as counted here and in `blocks`; where less than a chunk is left of the slice it is copied,
@@ -187,25 +197,8 @@ fn group<D: Dot, const M: usize, const B: usize, const R: usize>(
         } else {
             chunks_of_rows::<D, M, B, R, false>(d, few, table, packed, scales, &mut acc);
         }
-        let mut words = [d.words([0u8; 64].as_ptr()); R];
-        let mut scale = [d.splat(0.0); R];
         if few.columns % chunk != 0 {
-            for r in 0..R {
-                let mut last = [0u8; 64];
-                let at = r * bytes + chunks * chunk / 2;
-                words[r] = if at + chunk / 2 <= packed.len() {
-                    // Codes of the next row meet activations of zero. A copy would have to wait
-                    // until it is written, in every row.
-                    d.words(packed.as_ptr().add(at))
-                } else {
-                    let rest = &packed[at..(r + 1) * bytes];
-                    last[..rest.len()].copy_from_slice(rest);
-                    d.words(last.as_ptr())
-                };
-                let rest = &scales[r * blocks + ((chunks * B) >> share)..(r + 1) * blocks];
-                scale[r] = d.first_scales::<B>(rest);
-            }
-            step(d, few, table, words, few.x.as_ptr().add(chunks * chunk), scale, &mut acc);
+            last_chunk::<D, M, B, R>(d, few, table, packed, scales, &mut acc);
         }
     }
     for (acc, out) in acc.iter().zip(out.chunks_exact_mut(M)) {
@@ -214,6 +207,101 @@ fn group<D: Dot, const M: usize, const B: usize, const R: usize>(
         }
     }
     R
+}
+
+/// Up to [`TALL`] rows of the weight, as many as `out` holds, a stretch of the activations at a
+/// time.
+#[inline(always)]
+fn tall<D: Dot, const M: usize, const B: usize>(
+    d: D,
+    few: &Few<'_, D::X>,
+    table: D::Table,
+    packed: &[u8],
+    scales: &[f32],
+    out: &mut [f32],
+) {
+    let (bytes, blocks, chunk) = (few.row_bytes(), few.blocks(), CODES * D::LANES);
+    let (rows, chunks) = (out.len() / M, few.columns / chunk);
+    assert!(rows <= TALL && packed.len() >= rows * bytes && scales.len() >= rows * blocks);
+    let share = (few.blocksize / chunk).max(1).trailing_zeros();
+    let wide = (STRETCH / (M * chunk * size_of::<D::X>())).max(1);
+    // What comes behind these rows is fetched meanwhile, in the order in which it lies in memory.
+    let mut next = packed.as_ptr().wrapping_add(rows * bytes);
+    let next_scales = scales.as_ptr().wrapping_add(rows * blocks).cast::<u8>();
+    for line in 0..(rows * blocks).div_ceil(LINE / size_of::<f32>()) {
+        d.prefetch_far(next_scales.wrapping_add(line * LINE));
+    }
+    let mut sums = [[d.splat(0.0); M]; TALL];
+    for from in (0..chunks).step_by(wide) {
+        for (r, sums) in sums.iter_mut().take(rows).enumerate() {
+            let mut acc = [*sums];
+            for c in from..chunks.min(from + wide) {
+                d.prefetch_far(next);
+                next = next.wrapping_add(chunk / 2);
+                // SAFETY: the assertion counts whole chunks and their scales; `blocks` does the
+                // activations.
+                unsafe {
+                    let words = [d.words(packed.as_ptr().add(r * bytes + c * chunk / 2))];
+                    let block = r * blocks + ((c * B) >> share);
+                    let scale = [d.scales::<B>(scales.as_ptr().add(block))];
+                    step(d, few, table, words, few.x.as_ptr().add(c * chunk), scale, &mut acc);
+                }
+            }
+            [*sums] = acc;
+        }
+    }
+    for (r, (sums, out)) in sums.iter().zip(out.chunks_exact_mut(M)).enumerate() {
+        let mut acc = [*sums];
+        if few.columns % chunk != 0 {
+            let (packed, scales) = (&packed[r * bytes..], &scales[r * blocks..]);
+            // SAFETY: the assertion counts a row; `blocks` counts activations of whole chunks.
+            unsafe { last_chunk::<D, M, B, 1>(d, few, table, packed, scales, &mut acc) };
+        }
+        for (sum, out) in acc[0].iter().zip(out) {
+            *out = d.sum(*sum) * few.factor;
+        }
+    }
+}
+
+/// What is left of `R` rows behind their whole chunks.
+///
+/// # Safety
+/// There are `R` rows of codes and scales, and whole chunks of `M` rows of activations.
+#[inline(always)]
+unsafe fn last_chunk<D: Dot, const M: usize, const B: usize, const R: usize>(
+    d: D,
+    few: &Few<'_, D::X>,
+    table: D::Table,
+    packed: &[u8],
+    scales: &[f32],
+    acc: &mut [[D::F; M]; R],
+) {
+    let (bytes, blocks, chunk) = (few.row_bytes(), few.blocks(), CODES * D::LANES);
+    let chunks = few.columns / chunk;
+    // With blocks longer than a chunk, chunks share a scale.
+    let share = (few.blocksize / chunk).max(1).trailing_zeros();
+    // SAFETY: the caller's; where less than a chunk is left of the slice it is copied, with zeros
+    // behind it.
+    unsafe {
+        let mut words = [d.words([0u8; 64].as_ptr()); R];
+        let mut scale = [d.splat(0.0); R];
+        for r in 0..R {
+            let mut last = [0u8; 64];
+            let at = r * bytes + chunks * chunk / 2;
+            words[r] = if at + chunk / 2 <= packed.len() {
+                // Codes of the next row meet activations of zero. A copy would have to wait
+                // until it is written, in every row.
+                d.words(packed.as_ptr().add(at))
+            } else {
+                let rest = &packed[at..(r + 1) * bytes];
+                last[..rest.len()].copy_from_slice(rest);
+                d.words(last.as_ptr())
+            };
+            let rest = &scales[r * blocks + ((chunks * B) >> share)..(r + 1) * blocks];
+            scale[r] = d.first_scales::<B>(rest);
+        }
+        step(d, few, table, words, few.x.as_ptr().add(chunks * chunk), scale, acc);
+    }
 }
 
 /// All whole chunks of `R` rows. `HOT`: see [`Few::hot`].
@@ -288,7 +376,9 @@ unsafe fn step<D: Dot, const M: usize, const R: usize>(
 ) {
     let row = few.x.len() / M;
     let wide = D::LANES * (CODES / D::STEPS);
-    let mut sums = [[d.splat(0.0); M]; R];
+    // One sum would be waited for at every step, where a step is short and there is no other.
+    let ways = if D::LANES < 16 && M == 1 { WAYS } else { 1 };
+    let mut sums = [[[d.splat(0.0); WAYS]; M]; R];
     for s in 0..D::STEPS {
         let mut values = [d.decode(table, words[0]); R];
         for r in 0..R {
@@ -300,8 +390,8 @@ unsafe fn step<D: Dot, const M: usize, const R: usize>(
             // SAFETY: the caller vouches for a chunk of each row of activations.
             let activations = unsafe { d.activations(x) };
             for (sums, values) in sums.iter_mut().zip(values) {
-                let sum = &mut sums[m];
-                *sum = if s == 0 {
+                let sum = &mut sums[m][s % ways];
+                *sum = if s < ways {
                     d.first(values, activations)
                 } else {
                     d.dot(*sum, values, activations)
@@ -312,7 +402,11 @@ unsafe fn step<D: Dot, const M: usize, const R: usize>(
     }
     for ((acc, sums), scale) in acc.iter_mut().zip(sums).zip(scale) {
         for (acc, sum) in acc.iter_mut().zip(sums) {
-            *acc = d.fma(sum, scale, *acc);
+            let mut all = sum[0];
+            if ways == WAYS {
+                all = d.add(all, sum[1]);
+            }
+            *acc = d.fma(all, scale, *acc);
         }
     }
 }

@@ -80,6 +80,10 @@ pub trait Dot: Vector {
     /// Whether scales are applied to sums, because a scaled weight does not fit an `X`. There
     /// must be registers for two kinds of sums.
     const LATE: bool;
+    /// Whether the sixteen values have to be numbers of bf16.
+    const SHORT: bool;
+    /// Rows of the weight that meet few rows of activations together, if these stay near.
+    const TOGETHER: usize = 1;
     /// An activation, or a dense weight: f32, or half as wide.
     type X: Lanes;
     /// A chunk of codes.
@@ -89,6 +93,20 @@ pub trait Dot: Vector {
     /// Decoded values, or activations, of one step.
     type Values: Copy;
 
+    /// Puts a chunk of activations in the order in which steps take them.
+    #[inline(always)]
+    fn arrange(x: &[Self::X], out: &mut [Self::X]) {
+        let per = CODES / Self::STEPS;
+        let (words, _) = x.as_chunks::<CODES>();
+        for (step, out) in out.chunks_exact_mut(words.len() * per).enumerate() {
+            let place = step ^ 1; // the first of a pair is in the high half of its byte
+            for (word, out) in words.iter().zip(out.chunks_exact_mut(per)) {
+                for (i, out) in out.iter_mut().enumerate() {
+                    *out = word[i * Self::STEPS + place];
+                }
+            }
+        }
+    }
     /// Takes a codebook.
     fn table(self, values: &[f32; 16]) -> Self::Table;
     /// A chunk.
@@ -121,20 +139,21 @@ pub trait Dot: Vector {
     /// rounded to an `X`, once for all rows, because it takes less time than to scale all sums.
     const ROUNDED_FROM: usize = usize::MAX;
     /// Writes the units of a chunk times the scales of their lanes, rounded once to `X`, in the
-    /// order in which their elements lie in a row; `apart` is how far one is from the next.
+    /// order in which their elements lie in a row; `apart` is how far one is from the next. The
+    /// codebook is given as it is and as a table.
     ///
     /// # Safety
     /// `LANES` units can be written at `to` and at each of the other places.
     #[inline(always)]
     unsafe fn store_scaled(
         self,
-        values: &[f32; 16],
+        _values: &[f32; 16],
+        table: Self::Table,
         mut words: Self::Words,
         scales: Self::F,
         to: *mut u32,
         apart: usize,
     ) {
-        let table = self.table(values);
         for step in 0..Self::STEPS {
             let values = self.scaled(self.decode(table, words), scales);
             // SAFETY: the caller's. The first of a pair is in the high half of its byte.

@@ -375,7 +375,7 @@ fn decode<D: Dot>(d: D, coded: &Coded<'_, D>, scaled: Option<&[f32; 16]>, panel:
                     let mut codes = d.words(word.as_ptr().add(half * lanes).cast());
                     let to = units.as_mut_ptr().add(half * lanes);
                     if let Some(values) = scaled {
-                        d.store_scaled(values, codes, scale, to, rows);
+                        d.store_scaled(values, coded.table, codes, scale, to, rows);
                         continue;
                     }
                     for s in 0..D::STEPS {

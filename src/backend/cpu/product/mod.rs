@@ -38,8 +38,9 @@ use std::ops::Range;
 
 pub(super) use self::ahead::{AHEAD, Ahead, Steps};
 use self::bytes::Bytes;
-use self::engine::Engine;
+use self::engine::{Engine, Rows};
 use self::few::{FEW, Few};
+use self::lanes::Dot;
 pub(super) use self::lanes::Vector;
 use self::many::{Codes, Many, STRIPS, Scratch, Source};
 use self::narrow::{Narrow, narrow};
@@ -162,7 +163,7 @@ impl Cpu {
     pub fn narrow_products(&self, dtype: Dtype) -> bool {
         let narrow = match self.isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Ext(_) => true,
+            Isa::Avx2(_) | Isa::Avx512Ext(_) => true,
             #[cfg(target_arch = "aarch64")]
             Isa::NeonBf16(_) => true,
             _ => false,
@@ -243,7 +244,10 @@ fn linear<D: Engine, T: Lanes>(d: D, job: &Job<'_, T>, out: &Out<'_, T>) {
         let x = &job.x[first * job.columns..(first + m) * job.columns];
         let out = out.below(first);
         match job.codebook() {
-            Some(values) if m <= FEW => few_rows(d, job, values, x, m, &out),
+            Some(values) if m <= FEW && T::DTYPE == Dtype::BF16 => {
+                few_rows((d, d.short()), job, values, x, m, &out);
+            }
+            Some(values) if m <= FEW => few_rows((d, d), job, values, x, m, &out),
             None if m <= FEW => match job.bytes() {
                 Some(weight) => byte_rows(d, job, weight, x, m, &out),
                 None => dense_rows(d, job, x, m, &out),
@@ -266,16 +270,12 @@ fn converted<'a, D: Engine, T: Lanes>(d: D, x: &'a [T], wide: &'a mut Aligned<f3
     bytemuck::cast_slice(wide)
 }
 
-fn table<D: Engine>(job_format: crate::format::Format, values: &[f32; 16]) -> Narrow {
-    if <D::X as Element>::DTYPE == Dtype::BF16 {
-        narrow(job_format, values)
-    } else {
-        Narrow::exact(values)
-    }
+fn table<D: Dot>(job_format: crate::format::Format, values: &[f32; 16]) -> Narrow {
+    if D::SHORT { narrow(job_format, values) } else { Narrow::exact(values) }
 }
 
-fn few_rows<D: Engine, T: Lanes>(
-    d: D,
+fn few_rows<D: Engine, R: Rows<X = D::X>, T: Lanes>(
+    (d, of_rows): (D, R),
     job: &Job<'_, T>,
     values: &[f32; 16],
     x: &[T],
@@ -285,14 +285,14 @@ fn few_rows<D: Engine, T: Lanes>(
     let (layout, columns) = (job.q.layout(), job.columns);
     let mut wide = Aligned::default();
     let x = converted(d, x, &mut wide);
-    let padded = columns.next_multiple_of(8 * D::LANES);
+    let padded = columns.next_multiple_of(8 * R::LANES);
     // Rows a power of two apart would be taken for each other by the first-level cache.
     let stride = padded + if m > 1 { LINE / size_of::<D::X>() } else { 0 };
     let mut prepared = Aligned::zeroed(m * stride);
     for (row, out) in x.chunks_exact(columns).zip(prepared.chunks_exact_mut(stride)) {
-        few::prepare::<D>(row, D::LANES, &mut out[..padded]);
+        few::prepare::<R>(row, R::LANES, &mut out[..padded]);
     }
-    let Narrow { values, factor } = table::<D>(layout.format, values);
+    let Narrow { values, factor } = table::<R>(layout.format, values);
     let blocksize = layout.blocksize;
     let few = Few { packed: job.q.packed(), columns, blocksize, values, factor, m, x: &prepared };
     let threads = job.threads_of_few(m);
@@ -314,7 +314,7 @@ fn few_rows<D: Engine, T: Lanes>(
         for (first, sums) in runs {
             let blocks = first * few.blocks()..(first + sums.len() / m) * few.blocks();
             let scales = scales::of_blocks(job.cpu.isa, job.q.scales(), blocks, decoded);
-            d.rows(&few, first, scales, sums);
+            of_rows.rows(&few, first, scales, sums);
         }
         finish(d, job.bias, sums, m, first, count, out);
     });

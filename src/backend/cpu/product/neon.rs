@@ -171,6 +171,8 @@ unsafe fn transpose4(_: Neon, from: *const u32, stride: usize, to: *mut u32, to_
 impl Dot for Neon {
     const STEPS: usize = 8;
     const LATE: bool = false;
+    const SHORT: bool = false;
+    const TOGETHER: usize = 2;
     type X = f32;
     type Words = Codes;
     /// The bytes of all values, the lowest first.

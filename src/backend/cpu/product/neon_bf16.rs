@@ -25,6 +25,8 @@ pub struct Codes {
 impl Dot for NeonBf16 {
     const STEPS: usize = 4;
     const LATE: bool = true;
+    const SHORT: bool = true;
+    const TOGETHER: usize = 2;
     type X = bf16;
     type Words = Codes;
     /// The low bytes of all values, the high bytes of all values.

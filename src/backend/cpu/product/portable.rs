@@ -78,6 +78,8 @@ impl Vector for Portable {
 impl Dot for Portable {
     const STEPS: usize = 8;
     const LATE: bool = false;
+    const SHORT: bool = false;
+    const TOGETHER: usize = 2;
     type X = f32;
     type Words = [u32; FOUR];
     type Table = [f32; 16];

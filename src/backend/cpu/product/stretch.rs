@@ -189,7 +189,7 @@ fn few_rows<D: Down, const M: usize, const B: usize>(
     let (width, depth) = (chunks * chunk, run.count.next_multiple_of(D::ROWS));
     assert!(sums.len() == M * width && gradients.m == M && D::ROWS <= MOST_ROWS);
     assert!(gradients.x.len() >= (M - 1) * gradients.stride + depth);
-    let mut padded = Padded::ZERO;
+    let (book, mut padded) = (d.book(&stretch.values), Padded::ZERO);
     // Whole groups of rows that are on their way from memory.
     let far = D::ROWS * AHEAD.div_ceil(D::ROWS * stretch.width / 2);
     for n in (0..run.count).step_by(D::ROWS) {
@@ -218,7 +218,7 @@ fn few_rows<D: Down, const M: usize, const B: usize>(
             unsafe {
                 let gradients = (gradients.x.as_ptr().add(n), gradients.stride);
                 let sums = (sums.as_mut_ptr().add(c * chunk), width);
-                d.chunk::<M, B>(&stretch.values, rows, gradients, sums);
+                d.chunk::<M, B>(book, rows, gradients, sums);
             }
         }
     }
@@ -247,7 +247,7 @@ fn panel_rows_of<D: Down, const B: usize>(
     let (per, lanes) = (CODES / D::STEPS, panel_rows::<D>());
     let apart = panels.len() / (VECTORS / 2);
     assert!(apart >= run.count.div_ceil(per) * lanes);
-    let (mut padded, mut i) = (Padded::ZERO, 0);
+    let (book, mut padded, mut i) = (d.book(&stretch.values), Padded::ZERO, 0);
     // All whole rows, then half a pair.
     for (n, count) in [(0, run.count / per * per), (run.count / per * per, per)] {
         if n >= run.count || count == 0 {
@@ -267,7 +267,7 @@ fn panel_rows_of<D: Down, const B: usize>(
                         d.prefetch_far(rows.packed.wrapping_add(next));
                     }
                     let to = panels.as_mut_ptr().add(i * lanes);
-                    d.units::<B>(&stretch.values, rows, to, apart);
+                    d.units::<B>(book, rows, to, apart);
                 }
                 i += 1;
             }
