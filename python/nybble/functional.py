@@ -111,9 +111,23 @@ def linear(
         FormatError: An unknown `compute`, or "int8" for a format whose codes are no integers
             (dynamic8, dynamic8u).
     """
-    if integer.check_compute(compute, q.format) is not None:
-        return integer.linear(autocast(x), *q.parts, bias, *q.how, q.memo)
-    return products.linear(autocast(x), *q.parts, bias, *q.how, q.memo)
+    product = products.linear
+    if compute is not None:
+        integer.check_compute(compute, q.format)
+        product = integer.linear
+    # Field by field: `parts` and `how` take as long as a tenth of a small product.
+    return product(
+        autocast(x),
+        q.packed,
+        q.absmax,
+        q.nested_absmax,
+        q.nested_offset,
+        bias,
+        q.format,
+        q.blocksize,
+        q.shape,
+        q.memo,
+    )
 
 
 # Naming the device takes a good part of the time of a small product.

@@ -73,9 +73,9 @@ def _integer_linear_cpu(
     blocksize: int,
     shape: Sequence[int],
 ) -> Tensor:
-    ops.check_product(x, shape)
+    size = ops.check_product(x, shape)
     parts = ops.weight(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
-    return products.product(_core.Prepared(parts).integer_linear, x, bias, shape[0])
+    return products.product(_core.Prepared(parts).integer_linear, x, size, bias, shape[0])
 
 
 torch.library.impl("nybble::integer_linear", "cpu")(_integer_linear_cpu)
@@ -216,10 +216,10 @@ def linear(
         return result
     if not x.is_cpu:
         return _integer_linear_cuda(x, *parts, bias, format, blocksize, shape, memo)
-    ops.check_product(x, shape)
+    size = ops.check_product(x, shape)
     prepared = (memo or products.Memo()).get(*parts, format, blocksize, shape)
     assert isinstance(prepared, _core.Prepared)  # the weight is on the CPU too
-    return products.product(prepared.integer_linear, x, bias, shape[0])
+    return products.product(prepared.integer_linear, x, size, bias, shape[0])
 
 
 def llm_int8(
@@ -235,7 +235,8 @@ def llm_int8(
     if products.others_have_a_say(x, packed, bias) or not x.is_cpu or not packed.is_contiguous():
         return ops.int8_linear(x, packed, absmax, bias, threshold)
     shape = packed.shape
-    ops.check_product(x, shape)
+    size = ops.check_product(x, shape)
     prepared = memo.get(packed, absmax, None, None, "int8", shape[1], shape)
     assert isinstance(prepared, _core.Prepared)
-    return products.product(prepared.int8_linear, x, bias, shape[0], threshold)
+    kernel = functools.partial(prepared.int8_linear, threshold=threshold)
+    return products.product(kernel, x, size, bias, shape[0])

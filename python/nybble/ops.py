@@ -272,14 +272,15 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
     return dtype if supported is not None and supported() else torch.float32
 
 
-def check_product(x: Tensor, shape: Sequence[int]) -> None:
-    """Whether `x` [..., in_features] can be multiplied by a weight of this shape.
+def check_product(x: Tensor, shape: Sequence[int]) -> torch.Size:
+    """The shape of `x` [..., in_features], if it can be multiplied by a weight of this shape.
 
     Raises:
         RuntimeError: The weight has no rank of 2, `x` another number of features or no floats.
     """
-    if len(shape) == 2 and x.dim() > 0 and x.shape[-1] == shape[1] and x.is_floating_point():
-        return
+    size = x.shape
+    if len(shape) == 2 and size and size[-1] == shape[1] and x.is_floating_point():
+        return size
     torch._check(
         len(shape) == 2, lambda: f"linear needs a weight of rank 2, got shape {list(shape)}"
     )
@@ -290,8 +291,10 @@ def check_product(x: Tensor, shape: Sequence[int]) -> None:
     torch._check(
         x.is_floating_point(), lambda: f"linear needs floating point activations, got {x.dtype}"
     )
+    return size
 
 
+_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.maybe_current_level
 _tracing = torch._C._get_tracing_state
@@ -299,9 +302,10 @@ _forward = torch.autograd.forward_ad
 
 
 def is_plain(x: Tensor, packed: Tensor) -> bool:
-    """Whether no subclass, mode or transform of torch wants to see what is done with these."""
+    """Whether no tracer, subclass, mode or transform of torch wants to see what is done here."""
     return (
-        type(x) is Tensor
+        not _compiling()
+        and type(x) is Tensor
         and ((x.is_cpu and packed.is_cpu) or (HAS_CUDA and x.is_cuda and packed.is_cuda))
         and _modes() == 0
         and _transforms() is None

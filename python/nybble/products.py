@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nybble import _core, ops, reference
-from nybble._memory import memory, optional_memory
+from nybble._memory import Memory, memory, name_of
 from nybble.cuda import place
 from nybble.cuda import products as cuda
 
@@ -32,30 +32,48 @@ def _linear_cpu(
     blocksize: int,
     shape: Sequence[int],
 ) -> Tensor:
-    ops.check_product(x, shape)
+    size = ops.check_product(x, shape)
     parts = (packed, absmax, nested_absmax, nested_offset)
     if x.dtype not in _FLOATS:
         return reference.linear(x, *parts, bias, format, blocksize, list(shape))
     weight = ops.weight(*parts, format, blocksize, shape)
-    return product(_core.Prepared(weight).linear, x, bias, shape[0])
+    return product(_core.Prepared(weight).linear, x, size, bias, shape[0])
+
+
+# What compiled graphs allocate their results with. `new_empty` takes twice as long, most of it to
+# take its arguments apart and to find the device.
+_empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = (
+    torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
+)
 
 
 def product(
-    kernel: Callable[..., None], x: Tensor, bias: Tensor | None, rows: int, *more: Any
+    kernel: Callable[[Memory, Memory | None, Memory, int], None],
+    x: Tensor,
+    size: torch.Size,
+    bias: Tensor | None,
+    rows: int,
 ) -> Tensor:
-    """What a method of `_core.Prepared` makes of `x`; `more` are its last arguments."""
+    """What a method of `_core.Prepared` makes of `x`, whose shape is `size`."""
     x = x.contiguous()
+    dtype = x.dtype
+    if len(size) == 2 and rows > 0:
+        m = size[0]
+        out, elements = _empty((m, rows), (rows, 1), dtype), m * rows
+    elif len(size) == 3 and rows > 0 and size[1] > 0:
+        batch, m = size[0], size[1]
+        out, elements = _empty((batch, m, rows), (m * rows, rows, 1), dtype), batch * m * rows
+    else:
+        out = x.new_empty((*size[:-1], rows))
+        elements = out.numel()
+    name = name_of(dtype)
+    added = None
     if bias is not None:
         bias = bias.contiguous() if bias.dtype in _FLOATS else bias.float().contiguous()
-    # Slices of shapes are slow, and so is a shape that torch takes apart itself.
-    size = x.shape
-    if len(size) == 2:
-        out = x.new_empty(size[0], rows)
-    elif len(size) == 3:
-        out = x.new_empty(size[0], size[1], rows)
-    else:
-        out = x.new_empty(*size[:-1], rows)
-    kernel(memory(x), optional_memory(bias), memory(out), ops.kernel_threads(), *more)
+        added = memory(bias)
+    # As `memory` describes them, without asking torch for what is known here.
+    described = x.data_ptr(), x.numel(), name
+    kernel(described, added, (out.data_ptr(), elements, name), ops.kernel_threads())
     return out
 
 
@@ -168,16 +186,11 @@ torch.library.register_autograd(
 
 
 _grad_enabled = torch.is_grad_enabled
-_is_compiling = torch.compiler.is_compiling
 
 
 def others_have_a_say(x: Tensor, packed: Tensor, bias: Tensor | None) -> bool:
     """Whether a gradient is wanted, or a tracer, mode or subclass of torch is to be asked."""
-    return _is_seen(x, packed) or _is_followed(x, bias)
-
-
-def _is_seen(x: Tensor, packed: Tensor) -> bool:
-    return _is_compiling() or not ops.is_plain(x, packed)
+    return not ops.is_plain(x, packed) or _is_followed(x, bias)
 
 
 def _is_followed(x: Tensor, bias: Tensor | None) -> bool:
@@ -228,13 +241,14 @@ class Memo:
 def _multiply(
     prepared: _core.Prepared | _core.CudaWeight,
     x: Tensor,
+    size: torch.Size,
     packed: Tensor,
     bias: Tensor | None,
     how: tuple[str, int, Sequence[int]],
 ) -> Tensor:
     """The product on the device that the description is for."""
     if isinstance(prepared, _core.Prepared):
-        return product(prepared.linear, x, bias, how[2][0])
+        return product(prepared.linear, x, size, bias, how[2][0])
     return cuda.product(prepared, x, packed, bias, *how)
 
 
@@ -260,7 +274,7 @@ class _Followed(torch.autograd.Function):
         ctx.how, ctx.memo = how, memo
         ctx.bias_dtype = None if bias is None else bias.dtype
         prepared = memo.get(packed, absmax, nested_absmax, nested_offset, *how)
-        return _multiply(prepared, x, packed, bias, how)
+        return _multiply(prepared, x, x.shape, packed, bias, how)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -286,18 +300,15 @@ def linear(
     `memo` spares describing the weight again.
     """
     parts = (packed, absmax, nested_absmax, nested_offset)
-    result: Tensor
     how = (format, blocksize, shape)
-    followed = _is_followed(x, bias)
-    if _is_seen(x, packed) or (followed and x.dtype not in _FLOATS):
+    result: Tensor
+    if not ops.is_plain(x, packed) or x.dtype not in _FLOATS:
         result = torch.ops.nybble.linear(x, *parts, bias, *how)
-    elif x.dtype not in _FLOATS:
-        result = (_linear_cpu if x.is_cpu else cuda.linear)(x, *parts, bias, *how)
-    else:
-        ops.check_product(x, shape)
-        memo = memo or Memo()
-        if followed:
-            result = _Followed.apply(x, *parts, bias, how, memo)
-        else:
-            result = _multiply(memo.get(*parts, *how), x, packed, bias, how)
-    return result
+        return result
+    size = ops.check_product(x, shape)
+    memo = memo or Memo()
+    if _is_followed(x, bias):
+        result = _Followed.apply(x, *parts, bias, how, memo)
+        return result
+    prepared = memo.get(packed, absmax, nested_absmax, nested_offset, format, blocksize, shape)
+    return _multiply(prepared, x, size, packed, bias, how)

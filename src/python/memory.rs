@@ -9,6 +9,7 @@ use bytemuck::Pod;
 use pyo3::prelude::*;
 
 use crate::backend::cuda::DeviceSlice;
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 
 /// Contiguous memory of a torch tensor or numpy array.
@@ -19,8 +20,10 @@ pub struct Memory {
     kind: Kind,
 }
 
+/// A type of elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+#[allow(missing_docs)] // torch's names, in short
+pub enum Kind {
     F32,
     F16,
     BF16,
@@ -42,17 +45,21 @@ const KINDS: [(&str, Kind); 7] = [
 
 /// An element type that memory can be read as.
 pub trait Stored: Pod {
-    /// Its name in torch.
-    const NAME: &'static str;
+    /// Which it is.
+    const KIND: Kind;
 }
 
 macro_rules! stored {
-    ($($T:ty => $name:literal),+) => { $( impl Stored for $T { const NAME: &'static str = $name; } )+ };
+    ($($T:ty => $kind:ident),+) => { $( impl Stored for $T { const KIND: Kind = Kind::$kind; } )+ };
 }
-stored!(
-    f32 => "float32", half::f16 => "float16", half::bf16 => "bfloat16",
-    u8 => "uint8", i8 => "int8", i32 => "int32", i64 => "int64"
-);
+stored!(f32 => F32, half::f16 => F16, half::bf16 => BF16, u8 => U8, i8 => I8, i32 => I32, i64 => I64);
+
+impl Kind {
+    /// The name in torch.
+    fn name(self) -> &'static str {
+        KINDS.iter().find(|(_, kind)| *kind == self).map_or("", |(name, _)| *name)
+    }
+}
 
 impl<'py> FromPyObject<'_, 'py> for Memory {
     type Error = PyErr;
@@ -71,7 +78,17 @@ impl<'py> FromPyObject<'_, 'py> for Memory {
 impl Memory {
     /// The torch name of the element type.
     pub fn dtype(&self) -> &'static str {
-        KINDS.iter().find(|(_, kind)| *kind == self.kind).map_or("", |(name, _)| *name)
+        self.kind.name()
+    }
+
+    /// The floating point type, if the elements are of one.
+    pub fn float(self) -> Option<Dtype> {
+        match self.kind {
+            Kind::F32 => Some(Dtype::F32),
+            Kind::F16 => Some(Dtype::F16),
+            Kind::BF16 => Some(Dtype::BF16),
+            Kind::U8 | Kind::I8 | Kind::I32 | Kind::I64 => None,
+        }
     }
 
     /// Where it is.
@@ -131,11 +148,11 @@ impl Memory {
     }
 
     fn check_dtype<T: Stored>(self) -> Result<()> {
-        if self.dtype() == T::NAME {
+        if self.kind == T::KIND {
             return Ok(());
         }
         let got = self.dtype().to_owned();
-        Err(Error::Dtype { what: "this argument", got, allowed: T::NAME })
+        Err(Error::Dtype { what: "this argument", got, allowed: T::KIND.name() })
     }
 
     fn pointer<T: Stored>(self) -> Result<*mut T> {

@@ -106,27 +106,58 @@ impl Weight {
         DeviceTensor::new(layout, packed.codes_on_device()?, scales, tables)
     }
 
-    /// The tensor, with all lengths checked.
-    pub fn checked(&self) -> Result<QTensor<'static>> {
+    /// What it says, understood once.
+    pub fn placed(&self) -> Result<Placed> {
         let Weight(format, shape, blocksize, packed, absmax, nested_absmax, nested_offset) = self;
         let format = Format::parse_quantized(format)?;
-        let nested = nested_absmax.is_some();
-        let layout = Layout::new(format, shape, Some(*blocksize), nested)?;
-        let scales = match (nested_absmax, nested_offset) {
-            (Some(nested_absmax), Some(offset)) => Scales::Nested {
-                codes: absmax.slice()?,
-                absmax: nested_absmax.slice()?,
-                offset: one(offset.slice()?)?,
-            },
-            (None, None) if format.spec().scale == Scale::E8M0 => Scales::E8M0(absmax.slice()?),
-            (None, None) => Scales::Plain(absmax.slice()?),
+        let layout = Layout::new(format, shape, Some(*blocksize), nested_absmax.is_some())?;
+        let nested = match (nested_absmax, nested_offset) {
+            (Some(absmax), Some(offset)) => Some((*absmax, *offset)),
+            (None, None) => None,
             _ => return Err(half_nested()),
         };
-        let packed = match format.spec().decode {
-            Decode::Int8 => bytemuck::cast_slice(packed.slice::<i8>()?),
-            _ => packed.slice()?,
+        Ok(Placed { layout, packed: *packed, absmax: *absmax, nested })
+    }
+
+    /// The tensor, with all lengths checked.
+    pub fn checked(&self) -> Result<QTensor<'static>> {
+        self.placed()?.checked()
+    }
+}
+
+/// Where a tensor of this layout is in host memory. It holds addresses and nothing that was read
+/// there, since tensors may be changed in place.
+pub struct Placed {
+    layout: Layout,
+    packed: Memory,
+    absmax: Memory,
+    nested: Option<(Memory, Memory)>,
+}
+
+impl Placed {
+    /// Whether the codes, the scales, and the scales and offset of nested scales are there.
+    pub fn is_at(&self, packed: usize, absmax: usize, nested: Option<(usize, usize)>) -> bool {
+        let own = self.nested.map(|(absmax, offset)| (absmax.address(), offset.address()));
+        self.packed.address() == packed && self.absmax.address() == absmax && own == nested
+    }
+
+    /// The tensor, with all lengths checked.
+    pub fn checked(&self) -> Result<QTensor<'static>> {
+        let spec = self.layout.format.spec();
+        let scales = match self.nested {
+            Some((absmax, offset)) => Scales::Nested {
+                codes: self.absmax.slice()?,
+                absmax: absmax.slice()?,
+                offset: one(offset.slice()?)?,
+            },
+            None if spec.scale == Scale::E8M0 => Scales::E8M0(self.absmax.slice()?),
+            None => Scales::Plain(self.absmax.slice()?),
         };
-        QTensor::new(layout, packed, scales)
+        let packed = match spec.decode {
+            Decode::Int8 => bytemuck::cast_slice(self.packed.slice::<i8>()?),
+            _ => self.packed.slice()?,
+        };
+        QTensor::new(self.layout, packed, scales)
     }
 }
 
@@ -299,11 +330,9 @@ pub fn default_threads() -> usize {
 
 /// The floating point type of some memory.
 pub fn float(memory: Memory) -> Result<Dtype> {
-    Dtype::ALL.into_iter().find(|dtype| dtype.name() == memory.dtype()).ok_or_else(|| {
-        Error::Dtype {
-            what: "values",
-            got: memory.dtype().to_owned(),
-            allowed: "float32, float16, bfloat16",
-        }
+    memory.float().ok_or_else(|| Error::Dtype {
+        what: "values",
+        got: memory.dtype().to_owned(),
+        allowed: "float32, float16, bfloat16",
     })
 }

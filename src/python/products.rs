@@ -3,7 +3,7 @@
 use pyo3::prelude::*;
 
 use super::memory::Memory;
-use super::ops::{Weight, float};
+use super::ops::{Placed, Weight, float};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::integer::{Integer, Product};
 use crate::dtype::Element;
@@ -13,15 +13,15 @@ use crate::with_element;
 /// A description of a weight of rank 2, to be multiplied with again and again. It holds addresses:
 /// the caller asks [`Prepared::is_at`] whether the tensors are still there.
 #[pyclass(frozen, module = "nybble._core")]
-pub struct Prepared(Weight, [usize; 2]);
+pub struct Prepared(Placed, [usize; 2]);
 
 #[pymethods]
 impl Prepared {
     #[new]
     fn new(weight: Weight) -> PyResult<Self> {
-        weight.checked()?;
-        let shape = weight.matrix()?;
-        Ok(Self(weight, shape))
+        let placed = weight.placed()?;
+        placed.checked()?;
+        Ok(Self(placed, weight.matrix()?))
     }
 
     /// (rows, columns)
@@ -121,11 +121,6 @@ fn widened(memory: Memory) -> Result<Vec<f32>> {
 }
 
 impl Weight {
-    fn is_at(&self, packed: usize, absmax: usize, nested: Option<(usize, usize)>) -> bool {
-        let (own_packed, own_absmax, own_nested) = self.addresses();
-        own_packed == packed && own_absmax == absmax && own_nested == nested
-    }
-
     /// Rows and columns.
     pub(super) fn matrix(&self) -> Result<[usize; 2]> {
         <[usize; 2]>::try_from(self.shape()).map_err(|_| Error::Argument {

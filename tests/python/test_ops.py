@@ -139,6 +139,19 @@ def test_wrong_shapes_are_refused_before_any_kernel():
         nb.linear(torch.ones(2, 64, dtype=torch.int64), q)
 
 
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize("batch", [(), (1,), (0,), (2, 3), (2, 0), (0, 2), (2, 1, 3)])
+def test_results_are_laid_out_as_torch_does(batch, rows):
+    q = nb.quantize(torch.randn(rows, 32), "nf4")
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            x = torch.randn(*batch, 32, dtype=torch.bfloat16)
+            y, like = nb.linear(x, q), x.new_empty((*batch, rows))
+        assert (y.shape, y.stride(), y.dtype) == (like.shape, like.stride(), like.dtype)
+        assert y.is_inference() == like.is_inference()
+        assert y.is_contiguous()
+
+
 @given(matrices, seeds)
 def test_int8_activations_are_within_their_rounding(shape, seed):
     q = nb.quantize(tensor(shape, torch.float32, seed), "int8")

@@ -142,10 +142,10 @@ class QuantizedLinear(QuantizedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features] in the dtype of `x`."""
         x = autocast(x)
-        wanted, given = self.compute_dtype, x.dtype
-        if wanted is None or wanted == given:
+        wanted = self.compute_dtype
+        if wanted is None or wanted == x.dtype:
             return self._product(x)
-        return self._product(x.to(wanted)).to(given)
+        return self._product(x.to(wanted)).to(x.dtype)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         # Not through `Module.__getattr__`, which takes longer than a small product.

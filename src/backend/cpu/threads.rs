@@ -96,6 +96,10 @@ pub fn share_runs_with<S>(
     work: impl Fn(&mut S, usize) + Sync,
 ) {
     let count = threads.min(parts).max(1);
+    if count == 1 {
+        let mut own = own();
+        return (0..parts).for_each(|part| work(&mut own, part));
+    }
     let runs: Vec<Run> =
         (0..count).map(|i| Run::new(parts * i / count, parts * (i + 1) / count)).collect();
     share(threads, count, |run| {
