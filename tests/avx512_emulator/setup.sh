@@ -13,7 +13,8 @@ mkdir -p pkg apt/lists/partial apt/cache/archives/partial
 # 1. packages: the kernel etc. from bookworm, bochs 3.0's source and ROM images from trixie
 # The mirrors are those that this system uses for Debian and for its security updates.
 mirror() {
-  grep -hvE '^ *#' /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null |
+  # One of these may be missing, which is no harm.
+  { grep -hvE '^ *#' /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null || true; } |
     grep -oE "https?://[^] ]+/$1/?( |\$)" | head -n 1 | tr -d ' '
 }
 debian=$(mirror debian) security=$(mirror debian-security)
