@@ -16,3 +16,6 @@ grep -q hostport_write iodev/unmapped.cc; grep -q hostport_read iodev/unmapped.c
 # restoring: read the saved memory where it lies (pages as they are first touched), not a copy of all of it
 sed -i '0,/if (\*fpp != NULL) {/{s|\*fpp = tmpfile64();|*fpp = fopen(devdata, "rb");|;s|if (\*fpp != NULL) {|if (0) {|}' gui/siminterface.cc
 grep -q 'fpp = fopen(devdata, "rb");' gui/siminterface.cc
+# VCVTNE2PS2BF16: the second half of the result comes from the start of its operand, not from behind its end
+sed -i '/::VCVTNE2PS2BF16/,/^}/ s|op1.vmm32u(n))|op1.vmm32u(n - DWORD_ELEMENTS(len)))|' cpu/avx/avx512_bf16.cc
+grep -q 'op1.vmm32u(n - DWORD_ELEMENTS(len))' cpu/avx/avx512_bf16.cc
