@@ -19,3 +19,6 @@ grep -q 'fpp = fopen(devdata, "rb");' gui/siminterface.cc
 # VCVTNE2PS2BF16: the second half of the result comes from the start of its operand, not from behind its end
 sed -i '/::VCVTNE2PS2BF16/,/^}/ s|op1.vmm32u(n))|op1.vmm32u(n - DWORD_ELEMENTS(len)))|' cpu/avx/avx512_bf16.cc
 grep -q 'op1.vmm32u(n - DWORD_ELEMENTS(len))' cpu/avx/avx512_bf16.cc
+# VDPBF16PS: a short displacement counts whole vectors, not dwords
+sed -i '/EVEX_VDPBF16PS/ s|OP_mVdq32|OP_mVdq|' cpu/decoder/ia_opcodes_evex.def
+grep -q 'VDPBF16PS.*OP_mVdq,' cpu/decoder/ia_opcodes_evex.def
