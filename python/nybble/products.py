@@ -40,10 +40,15 @@ def _linear_cpu(
     return product(_core.Prepared(weight).linear, x, size, bias, shape[0])
 
 
-# What compiled graphs allocate their results with. `new_empty` takes twice as long, most of it to
-# take its arguments apart and to find the device.
-_empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = (
-    torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
+def _empty_strided(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device="cpu")
+
+
+# What compiled graphs allocate their results with, where this torch has it. `new_empty` takes twice
+# as long, most of it to take its arguments apart and to find the device.
+_guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+_empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = getattr(
+    _guards, "_empty_strided_cpu", _empty_strided
 )
 
 

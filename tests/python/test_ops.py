@@ -8,7 +8,7 @@ from hypothesis import given
 
 import nybble as nb
 from nybble import ops as nb_ops
-from nybble import reference
+from nybble import products, reference
 from strategies import (
     NAMES,
     assert_product,
@@ -139,9 +139,12 @@ def test_wrong_shapes_are_refused_before_any_kernel():
         nb.linear(torch.ones(2, 64, dtype=torch.int64), q)
 
 
+@pytest.mark.parametrize("private", [True, False])
 @pytest.mark.parametrize("rows", [0, 5])
 @pytest.mark.parametrize("batch", [(), (1,), (0,), (2, 3), (2, 0), (0, 2), (2, 1, 3)])
-def test_results_are_laid_out_as_torch_does(batch, rows):
+def test_results_are_laid_out_as_torch_does(monkeypatch, batch, rows, private):
+    if not private:
+        monkeypatch.setattr(products, "_empty", products._empty_strided)
     q = nb.quantize(torch.randn(rows, 32), "nf4")
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
